@@ -1,0 +1,20 @@
+import jax
+import jax.random as jr
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """Returns a function that gives a new PRNG key at every call, the same sequence in every run."""
+    keys = iter(jr.split(jr.key(0), 256))
+    return lambda: next(keys)
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64 and leaves the others alone."""
+    with jax.enable_x64(True):
+        yield
