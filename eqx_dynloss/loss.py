@@ -1,0 +1,164 @@
+r"""Losses with class weights, and the dynamical loss that lets a schedule move them.
+
+The functions return one loss per example and leave the mean to the caller, because with class weights there are two:
+
+- **divided by the number of examples**, `jnp.mean(loss)`: the paper's, and `DynamicalLoss`'s. The size of a step then
+  follows the weights of the classes that happen to be in the batch.
+- **divided by the sum of the examples' weights**, `jnp.sum(loss) / jnp.sum(class_weights[labels])`: what PyTorch's
+  `cross_entropy` does. An example's influence then depends on the company it is in.
+
+With balanced classes, full batches and weights that sum to the number of classes they are the same number.
+"""
+
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from eqx_dynloss_kernels import weighted_xent
+from eqx_dynloss_kernels.api import Implementation
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .schedule import AbstractSchedule, Step
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    class_weights: Float[Array, "classes"] | None = None,
+    *,
+    where: Bool[Array, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Softmax cross-entropy with integer labels and class weights, one value per example.
+
+    For classification with one class per example. With label $y$, smoothing $\epsilon$, class weights $w$ and $C$ classes
+
+    $$\ell = (1-\epsilon)\,w_y\,(\mathrm{lse}(x) - x_y) + \frac{\epsilon}{C}\sum_c w_c\,(\mathrm{lse}(x) - x_c)
+      + z\,\mathrm{lse}(x)^2.$$
+
+    ```python
+    >>> import jax.numpy as jnp
+    >>> from eqx_dynloss.loss import softmax_cross_entropy
+    >>> softmax_cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([1]), jnp.array([0.5, 1.5]))
+    Array([1.0397208], dtype=float32)
+
+    ```
+
+    Every first and second derivative exists, in the logits and in the class weights, in forward and reverse mode.
+
+    **Arguments:**
+
+    - `logits`: unnormalised log-probabilities; −inf rules a class out. float16 and bfloat16 are computed in float32.
+    - `labels`: class indices. A label out of range gives NaN unless `where` masks it.
+    - `class_weights`: one non-negative weight per class; `None` is all ones.
+    - `where`: examples that count. The others give exactly 0 and no gradient, whatever their logits and labels hold.
+    - `label_smoothing`: share ε of the target that is spread evenly over the classes, in [0, 1]; a class's share keeps
+        that class's weight, as in PyTorch.
+    - `z_loss`: coefficient z ≥ 0 of the squared logsumexp, which keeps logits from drifting. It is not class-weighted.
+    - `implementation`: `None` picks the best one, `"xla"` is plain JAX, `"pallas"` the GPU kernel. A named one works or
+        raises.
+
+    **Returns:** float32, or float64 for float64 logits, with the shape of `labels`.
+
+    **Raises:** `ValueError` for shapes that do not fit and options out of range.
+    """
+    class_weights = _validated(logits, labels.shape, class_weights, label_smoothing, z_loss)
+    if where is not None:
+        logits = jnp.where(where[..., None], logits, jnp.zeros((), logits.dtype))
+        labels = jnp.where(where, labels, 0)
+    loss, lse = weighted_xent(
+        logits, labels, class_weights, label_smoothing=label_smoothing, implementation=implementation
+    )
+    if z_loss:
+        loss += z_loss * lse**2
+    return loss if where is None else jnp.where(where, loss, 0.0)
+
+
+def softmax_cross_entropy_with_soft_labels(
+    logits: Float[Array, "*batch classes"],
+    labels: Float[Array, "*batch classes"],
+    class_weights: Float[Array, "classes"] | None = None,
+    *,
+    where: Bool[Array, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Array, "*batch"]:
+    r"""The sibling of `softmax_cross_entropy` for targets that are distributions, such as mixed or distilled labels.
+
+    $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2,\qquad q = (1-\epsilon)\,p + \epsilon/C.$$
+
+    **Arguments:** as for `softmax_cross_entropy`, but `labels` holds probabilities $p$ over the classes. A class of
+    probability 0 contributes 0, even where its logit is −inf.
+
+    **Returns:** float32, or float64 for float64 logits, one value per example.
+    """
+    class_weights = _validated(logits, labels.shape[:-1], class_weights, label_smoothing, z_loss)
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    x, q, w = logits.astype(dtype), labels.astype(dtype), class_weights.astype(dtype)
+    if where is not None:
+        x = jnp.where(where[..., None], x, 0.0)
+        q = jnp.where(where[..., None], q, 0.0)
+    q = (1 - label_smoothing) * q + label_smoothing / x.shape[-1]
+    weighted = jnp.broadcast_to(w, q.shape) * q
+    lse = jax.nn.logsumexp(x, -1)
+    finite = jnp.where((q == 0) & jnp.isneginf(x), 0.0, x)
+    loss = jnp.sum(weighted, -1) * lse - jnp.sum(weighted * finite, -1) + z_loss * lse**2
+    return loss if where is None else jnp.where(where, loss, 0.0)
+
+
+class BaseLoss(Protocol):
+    """A per-example loss with class weights, such as `softmax_cross_entropy`."""
+
+    def __call__(self, outputs: Array, labels: Array, class_weights: Float[Array, "classes"], /) -> Array: ...
+
+
+class DynamicalLoss(eqx.Module):
+    r"""The scalar that training minimises: a per-example loss under class weights that change with the step.
+
+    $$F(t) = \frac1N\sum_j \ell(f(x_j), y_j;\,\Gamma(t)),$$
+
+    the mean over the N examples (not divided by the sum of the weights). A PyTree: its leaves are the schedule's
+    hyperparameters, which can be batched, differentiated and traced.
+
+    ??? cite
+
+        Ruiz-Garcia et al., ICML 2021, arXiv:2102.03793.
+    """
+
+    schedule: AbstractSchedule
+    base: BaseLoss = eqx.field(static=True, default=softmax_cross_entropy)
+
+    def __call__(self, outputs: PyTree[Array], labels: Array, step: Step) -> Float[Array, ""]:
+        """**Arguments:**
+
+        - `outputs`: what the model gives for a batch, in the form that the base loss takes, e.g. `[batch, classes]` logits.
+        - `labels`: the batch's labels, e.g. class indices `[batch]`.
+        - `step`: the number of the update, 0 for the first.
+
+        **Returns:** the mean loss over the batch.
+        """
+        return jnp.mean(self.base(outputs, labels, self.schedule(step)))
+
+
+def _validated(logits, batch_shape, class_weights, label_smoothing, z_loss):
+    if logits.ndim == 0 or logits.shape[:-1] != batch_shape:
+        raise ValueError(
+            f"logits must have the batch shape of the labels plus one axis of classes, "
+            f"got logits of shape {logits.shape} for labels of batch shape {batch_shape}."
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}.")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}.")
+    num_classes = logits.shape[-1]
+    if class_weights is None:
+        return jnp.ones(num_classes, jnp.promote_types(logits.dtype, jnp.float32))
+    if class_weights.shape != (num_classes,):
+        raise ValueError(
+            f"class_weights must hold one weight for each of the {num_classes} classes, "
+            f"got shape {class_weights.shape}."
+        )
+    return class_weights

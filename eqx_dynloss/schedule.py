@@ -1,0 +1,191 @@
+"""Class weights as a function of the optimiser step.
+
+A schedule is a callable PyTree, `schedule(step) -> weights`: one non-negative weight per class, which sum to the number
+of classes, so that weights of one mean plain, unweighted training. Hyperparameters are array leaves: schedules can be
+batched with `jax.vmap` over amplitudes and periods, differentiated, jitted and carried through `jax.lax.scan`.
+"""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+Step = Int[Array, ""] | Float[Array, ""] | int | float
+Position = Float[Array, ""]
+
+
+class AbstractSchedule(eqx.Module):
+    """Class weights as a function of the step, `schedule(step) -> Float[Array, "classes"]`."""
+
+    num_classes: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def __call__(self, step: Step) -> Float[Array, "classes"]:
+        """The weights of update number `step` (0 is the first). Non-negative, and their sum is `num_classes`."""
+
+
+def triangle(position: Position) -> Position:
+    """Rises linearly from 0 to 1 at half a period and falls back: the waveform of the paper."""
+    return 1 - jnp.abs(2 * position - 1)
+
+
+def cosine(position: Position) -> Position:
+    """Rises and falls as a raised cosine: like the triangle, without its kinks."""
+    return (1 - jnp.cos(2 * jnp.pi * position)) / 2
+
+
+def square(position: Position) -> Position:
+    """1 in the middle half of the period, 0 in its first and last quarter."""
+    return jnp.where((position >= 0.25) & (position < 0.75), 1.0, 0.0).astype(position.dtype)
+
+
+class OscillatingWeights(AbstractSchedule):
+    r"""The paper's dynamical class weights: the classes take turns at being emphasised.
+
+    One class is active at a time, for `period` steps, in the order 0, 1, …, C−1, 0, …. With the position
+    $s\in[0, 1]$ inside the period and a waveform $w$ that goes from 0 to 1 and back, the raw weights are
+    $g_\text{active} = 1 + (A-1)\,w(s)$ and $g_i = 1$ for the others, and the weights are
+    $\Gamma_i = C\,g_i/\sum_k g_k$. Every period starts and ends with all weights equal to 1. At the peak the active class
+    has $CA/(A+C-1)$ and the others $C/(A+C-1)$. `amplitude=1` is static training.
+
+    Steps are exact up to $2^{24}$ in float32; beyond that use float64.
+
+    ??? cite
+
+        Ruiz-Garcia, Zhang, Schoenholz, Liu: *Tilting the playing field: Dynamical loss functions for machine learning*,
+        ICML 2021, arXiv:2102.03793 (the triangle). Phase, cosine and square are additions of this library.
+    """
+
+    num_classes: int = eqx.field(static=True)
+    amplitude: Float[Array, "..."]
+    period: Float[Array, "..."]
+    stop: Float[Array, "..."]
+    phase: Float[Array, "..."]
+    waveform: Callable[[Position], Position] = eqx.field(static=True)
+    inclusive_period: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_classes: int,
+        amplitude: ArrayLike,
+        period: ArrayLike,
+        *,
+        stop: ArrayLike | None = None,
+        phase: ArrayLike = 0.0,
+        waveform: Callable[[Position], Position] = triangle,
+        inclusive_period: bool = False,
+    ):
+        """**Arguments:**
+
+        - `num_classes`: the number of classes C, at least 2.
+        - `amplitude`: A ≥ 1, the raw weight of the active class at its peak.
+        - `period`: T > 0, the duration of one class's turn in optimiser steps. A pass over all classes takes C·T steps.
+        - `stop`: the first step at which all weights are 1 for good. `None` never stops.
+        - `phase`: where the oscillation begins, in class periods: 0.5 begins at the peak of class 0, 1 with class 1.
+        - `waveform`: `triangle`, `cosine`, `square`, or any function from [0, 1] to [0, 1] that is 0 at both ends.
+        - `inclusive_period`: count as the authors' code does, t = 0, …, T inclusive: a class's turn takes T + 1 steps.
+
+        **Raises:** `ValueError` if a value is out of range. Values that are being traced cannot be looked at while
+        Python runs; for those the compiled program raises the same sentence (`equinox.error_if`).
+        """
+        if num_classes < 2:
+            raise ValueError(
+                f"num_classes must be at least 2 (one class has nothing to alternate with), got {num_classes}."
+            )
+        amplitude, period, phase = (jnp.asarray(x, float) for x in (amplitude, period, phase))
+        stop = jnp.asarray(jnp.inf if stop is None else stop, float)
+        amplitude = _check(
+            amplitude,
+            (amplitude >= 1) & jnp.isfinite(amplitude),
+            "amplitude must be a finite number of at least 1 (1 is static training)",
+        )
+        period = _check(
+            period, (period > 0) & jnp.isfinite(period), "period must be a finite, positive number of optimiser steps"
+        )
+        self.num_classes = num_classes
+        self.amplitude = amplitude
+        self.period = period
+        self.stop = _check(stop, stop >= 0, "stop must be a step, 0 or later, or None for never")
+        self.phase = _check(phase, jnp.isfinite(phase), "phase must be a finite number of class periods")
+        self.waveform = waveform
+        self.inclusive_period = inclusive_period
+
+    def __call__(self, step: Step) -> Float[Array, "classes"]:
+        if self.amplitude.ndim or self.period.ndim or self.stop.ndim or self.phase.ndim:
+            raise ValueError(
+                "This schedule holds a batch of hyperparameters: call it under jax.vmap or eqx.filter_vmap."
+            )
+        turn_length = self.period + 1 if self.inclusive_period else self.period
+        step = jnp.asarray(step).astype(self.amplitude.dtype)
+        elapsed = step + self.phase * turn_length
+        within = jnp.mod(elapsed, turn_length)
+        active = jnp.mod(jnp.round((elapsed - within) / turn_length), self.num_classes)
+        peak = 1 + (self.amplitude - 1) * self.waveform(within / self.period)
+        raw = jnp.where(jnp.arange(self.num_classes) == active.astype(int), peak, 1.0)
+        return jnp.where(step < self.stop, _normalise(raw), 1.0)
+
+
+class StaticWeights(AbstractSchedule):
+    """The same class weights at every step, scaled so that they sum to the number of classes."""
+
+    num_classes: int = eqx.field(static=True)
+    weights: Float[Array, "... classes"]
+
+    def __init__(self, weights: ArrayLike):
+        """**Arguments:**
+
+        - `weights`: one finite, non-negative number per class, of any scale, not all zero. `jnp.ones(C)` is plain training.
+
+        **Raises:** `ValueError` as `OscillatingWeights` does.
+        """
+        weights = jnp.asarray(weights, float)
+        if weights.ndim == 0 or weights.shape[-1] < 2:
+            raise ValueError(
+                f"weights must hold one number per class, for at least 2 classes, got shape {weights.shape}."
+            )
+        valid = jnp.all((weights >= 0) & jnp.isfinite(weights), -1) & jnp.any(weights > 0, -1)
+        weights = _check(weights, valid, "weights must be finite, non-negative and not all zero")
+        self.num_classes = weights.shape[-1]
+        self.weights = weights
+
+    def __call__(self, step: Step) -> Float[Array, "classes"]:
+        del step
+        if self.weights.ndim != 1:
+            raise ValueError("This schedule holds a batch of weights: call it under jax.vmap or eqx.filter_vmap.")
+        return _normalise(self.weights)
+
+
+class UntilStep(AbstractSchedule):
+    """Another schedule until step `stop`; all weights are 1 from that step on."""
+
+    schedule: AbstractSchedule
+    stop: Float[Array, "..."]
+
+    def __init__(self, schedule: AbstractSchedule, stop: ArrayLike):
+        stop = jnp.asarray(stop, float)
+        self.schedule = schedule
+        self.stop = _check(stop, stop >= 0, "stop must be a step, 0 or later")
+
+    @property
+    def num_classes(self) -> int:
+        return self.schedule.num_classes
+
+    def __call__(self, step: Step) -> Float[Array, "classes"]:
+        return jnp.where(jnp.asarray(step).astype(self.stop.dtype) < self.stop, self.schedule(step), 1.0)
+
+
+def _normalise(raw: Float[Array, "classes"]) -> Float[Array, "classes"]:
+    return raw.size * raw / jnp.sum(raw)
+
+
+def _check(value: Float[Array, "..."], valid: Bool[Array, "..."], requirement: str) -> Float[Array, "..."]:
+    """`value`, after a check that raises at once if it is known, or when the compiled program runs if it is traced."""
+    if isinstance(valid, jax.core.Tracer):
+        return eqx.error_if(value, ~valid, f"{requirement}.")
+    if not valid.all():
+        raise ValueError(f"{requirement}, got {value}.")
+    return value
