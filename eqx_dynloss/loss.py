@@ -25,7 +25,7 @@ from .schedule import AbstractSchedule, Step
 def softmax_cross_entropy(
     logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
-    class_weights: Float[Array, "classes"] | None = None,
+    class_weights: Float[Array, " classes"] | None = None,
     *,
     where: Bool[Array, "*batch"] | None = None,
     label_smoothing: float = 0.0,
@@ -34,7 +34,7 @@ def softmax_cross_entropy(
 ) -> Float[Array, "*batch"]:
     r"""Softmax cross-entropy with integer labels and class weights, one value per example.
 
-    For classification with one class per example. With label $y$, smoothing $\epsilon$, class weights $w$ and $C$ classes
+    For classification with one class per example. With label $y$, smoothing $\epsilon$, weights $w$ and $C$ classes
 
     $$\ell = (1-\epsilon)\,w_y\,(\mathrm{lse}(x) - x_y) + \frac{\epsilon}{C}\sum_c w_c\,(\mathrm{lse}(x) - x_c)
       + z\,\mathrm{lse}(x)^2.$$
@@ -80,7 +80,7 @@ def softmax_cross_entropy(
 def softmax_cross_entropy_with_soft_labels(
     logits: Float[Array, "*batch classes"],
     labels: Float[Array, "*batch classes"],
-    class_weights: Float[Array, "classes"] | None = None,
+    class_weights: Float[Array, " classes"] | None = None,
     *,
     where: Bool[Array, "*batch"] | None = None,
     label_smoothing: float = 0.0,
@@ -112,7 +112,7 @@ def softmax_cross_entropy_with_soft_labels(
 class BaseLoss(Protocol):
     """A per-example loss with class weights, such as `softmax_cross_entropy`."""
 
-    def __call__(self, outputs: Array, labels: Array, class_weights: Float[Array, "classes"], /) -> Array: ...
+    def __call__(self, outputs: Array, labels: Array, class_weights: Float[Array, " classes"], /) -> Array: ...
 
 
 class DynamicalLoss(eqx.Module):
@@ -134,7 +134,7 @@ class DynamicalLoss(eqx.Module):
     def __call__(self, outputs: PyTree[Array], labels: Array, step: Step) -> Float[Array, ""]:
         """**Arguments:**
 
-        - `outputs`: what the model gives for a batch, in the form that the base loss takes, e.g. `[batch, classes]` logits.
+        - `outputs`: what the model gives for a batch, in the base loss's form, e.g. `[batch, classes]` logits.
         - `labels`: the batch's labels, e.g. class indices `[batch]`.
         - `step`: the number of the update, 0 for the first.
 

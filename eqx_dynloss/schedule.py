@@ -9,8 +9,8 @@ import abc
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,12 +19,12 @@ Position = Float[Array, ""]
 
 
 class AbstractSchedule(eqx.Module):
-    """Class weights as a function of the step, `schedule(step) -> Float[Array, "classes"]`."""
+    """Class weights as a function of the step, `schedule(step) -> Float[Array, " classes"]`."""
 
     num_classes: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def __call__(self, step: Step) -> Float[Array, "classes"]:
+    def __call__(self, step: Step) -> Float[Array, " classes"]:
         """The weights of update number `step` (0 is the first). Non-negative, and their sum is `num_classes`."""
 
 
@@ -49,8 +49,8 @@ class OscillatingWeights(AbstractSchedule):
     One class is active at a time, for `period` steps, in the order 0, 1, …, C−1, 0, …. With the position
     $s\in[0, 1]$ inside the period and a waveform $w$ that goes from 0 to 1 and back, the raw weights are
     $g_\text{active} = 1 + (A-1)\,w(s)$ and $g_i = 1$ for the others, and the weights are
-    $\Gamma_i = C\,g_i/\sum_k g_k$. Every period starts and ends with all weights equal to 1. At the peak the active class
-    has $CA/(A+C-1)$ and the others $C/(A+C-1)$. `amplitude=1` is static training.
+    $\Gamma_i = C\,g_i/\sum_k g_k$. Every period starts and ends with all weights equal to 1. At the peak the active
+    class has $CA/(A+C-1)$ and the others $C/(A+C-1)$. `amplitude=1` is static training.
 
     Steps are exact up to $2^{24}$ in float32; beyond that use float64.
 
@@ -114,7 +114,7 @@ class OscillatingWeights(AbstractSchedule):
         self.waveform = waveform
         self.inclusive_period = inclusive_period
 
-    def __call__(self, step: Step) -> Float[Array, "classes"]:
+    def __call__(self, step: Step) -> Float[Array, " classes"]:
         if self.amplitude.ndim or self.period.ndim or self.stop.ndim or self.phase.ndim:
             raise ValueError(
                 "This schedule holds a batch of hyperparameters: call it under jax.vmap or eqx.filter_vmap."
@@ -138,7 +138,7 @@ class StaticWeights(AbstractSchedule):
     def __init__(self, weights: ArrayLike):
         """**Arguments:**
 
-        - `weights`: one finite, non-negative number per class, of any scale, not all zero. `jnp.ones(C)` is plain training.
+        - `weights`: one finite, non-negative number per class, of any scale, not all zero. All ones is plain training.
 
         **Raises:** `ValueError` as `OscillatingWeights` does.
         """
@@ -152,7 +152,7 @@ class StaticWeights(AbstractSchedule):
         self.num_classes = weights.shape[-1]
         self.weights = weights
 
-    def __call__(self, step: Step) -> Float[Array, "classes"]:
+    def __call__(self, step: Step) -> Float[Array, " classes"]:
         del step
         if self.weights.ndim != 1:
             raise ValueError("This schedule holds a batch of weights: call it under jax.vmap or eqx.filter_vmap.")
@@ -162,29 +162,27 @@ class StaticWeights(AbstractSchedule):
 class UntilStep(AbstractSchedule):
     """Another schedule until step `stop`; all weights are 1 from that step on."""
 
+    num_classes: int = eqx.field(static=True)
     schedule: AbstractSchedule
     stop: Float[Array, "..."]
 
     def __init__(self, schedule: AbstractSchedule, stop: ArrayLike):
         stop = jnp.asarray(stop, float)
+        self.num_classes = schedule.num_classes
         self.schedule = schedule
         self.stop = _check(stop, stop >= 0, "stop must be a step, 0 or later")
 
-    @property
-    def num_classes(self) -> int:
-        return self.schedule.num_classes
-
-    def __call__(self, step: Step) -> Float[Array, "classes"]:
+    def __call__(self, step: Step) -> Float[Array, " classes"]:
         return jnp.where(jnp.asarray(step).astype(self.stop.dtype) < self.stop, self.schedule(step), 1.0)
 
 
-def _normalise(raw: Float[Array, "classes"]) -> Float[Array, "classes"]:
+def _normalise(raw: Float[Array, " classes"]) -> Float[Array, " classes"]:
     return raw.size * raw / jnp.sum(raw)
 
 
 def _check(value: Float[Array, "..."], valid: Bool[Array, "..."], requirement: str) -> Float[Array, "..."]:
     """`value`, after a check that raises at once if it is known, or when the compiled program runs if it is traced."""
-    if isinstance(valid, jax.core.Tracer):
+    if isinstance(valid, Tracer):
         return eqx.error_if(value, ~valid, f"{requirement}.")
     if not valid.all():
         raise ValueError(f"{requirement}, got {value}.")

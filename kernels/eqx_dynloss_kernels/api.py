@@ -12,7 +12,7 @@ Implementation = Literal["xla", "pallas"]
 def weighted_xent(
     logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
-    class_weights: Float[Array, "classes"],
+    class_weights: Float[Array, " classes"],
     *,
     label_smoothing: float = 0.0,
     implementation: Implementation | None = None,
@@ -26,7 +26,7 @@ def weighted_xent(
     - `logits`: unnormalised log-probabilities; float16 and bfloat16 are computed and returned in float32.
     - `labels`: class indices; a label out of range makes its example's loss NaN.
     - `class_weights`: one weight per class.
-    - `label_smoothing`: the share of the target that is spread evenly over the classes. Each class keeps its own weight.
+    - `label_smoothing`: the share of the target that is spread evenly over the classes, each with its own weight.
     - `implementation`: `"xla"` is plain JAX. `None` picks the best one that there is. A named one works or raises.
 
     **Returns:** `(loss, logsumexp)`, float32, or float64 for float64 logits.

@@ -1,7 +1,7 @@
 r"""Weighted softmax cross-entropy in plain JAX: the specification of every other implementation.
 
-With target distribution $q$ (one-hot, or smoothed), class weights $w$ and logits $x$, each class's term keeps the weight
-of that class:
+With target distribution $q$ (one-hot, or smoothed), class weights $w$ and logits $x$, each class's term keeps the
+weight of that class:
 
 $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c).$$
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 def weighted_xent(
     logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
-    class_weights: Float[Array, "classes"],
+    class_weights: Float[Array, " classes"],
     label_smoothing: float,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """See `eqx_dynloss_kernels.weighted_xent`."""
@@ -31,7 +31,7 @@ def weighted_xent(
 
 @ft.partial(weighted_xent.defjvp, symbolic_zeros=True)
 def _weighted_xent_jvp(label_smoothing, primals, tangents):
-    # Everything here is itself differentiated for second derivatives, which is why the softmax is e/Σe and not exp(x − lse).
+    # All of this is differentiated again for second derivatives: the softmax is e/Σe, so that no rule is applied twice.
     logits, labels, class_weights = primals
     x, w = _widen(logits, class_weights)
     dlogits, _, dweights = tangents
