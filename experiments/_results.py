@@ -1,0 +1,176 @@
+"""The results of a run as one labelled dataset: how it is put together from flat members, saved and loaded.
+
+Variables and their dimensions (`step` counts updates from 0; `evaluation_step` is the number of updates made before):
+
+| variable | dimensions | unit |
+|---|---|---|
+| `accuracy`, `loss` | amplitude, period, seed, split, evaluation_step | 1, nats (plain cross-entropy) |
+| `minibatch_loss`, `minibatch_accuracy` | amplitude, period, seed, step | nats (the loss that was minimised), 1 |
+| `class_weights` | amplitude, period, step, class | 1, sums to the number of classes |
+| `diverged_at` | amplitude, period, seed | update, -1 for never |
+
+The first amplitude is 1, the static loss. It has no period: its members are trained once and repeated along `period`.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike
+
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "eqx-dynloss")
+SPLITS = ("train", "validation")
+
+_TITLES = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits (stand-in, not CIFAR-10)"}
+_UNITS = {
+    "accuracy": ("1", "fraction of the split classified correctly"),
+    "loss": ("nats", "plain cross-entropy, mean over the split, without class weights"),
+    "minibatch_loss": ("nats", "loss minimised by the update, with its class weights"),
+    "minibatch_accuracy": ("1", "fraction of the update's minibatch classified correctly"),
+    "class_weights": ("1", "class weight Γ, sums to the number of classes"),
+    "diverged_at": ("update", "update at which the member became non-finite and was frozen, -1 for never"),
+    "amplitude": ("1", "amplitude A of the dynamical loss; 1 is the static loss"),
+    "period": ("update", "period T of one class"),
+    "evaluation_step": ("update", "updates made before the evaluation"),
+    "step": ("update", "index of the update"),
+}
+
+
+def dataset_title(name: str) -> str:
+    """The name to print for a data set: a stand-in for CIFAR-10 always says that it is one."""
+    return _TITLES.get(name, name)
+
+
+def conditions(amplitudes: Sequence[float], periods: Sequence[float]) -> list[tuple[float, float | None]]:
+    """The (amplitude, period) pairs of a run: static, (1, None), then each amplitude but 1, period by period."""
+    if not periods or len(set(periods)) < len(periods) or len(set(amplitudes)) < len(amplitudes):
+        raise ValueError(f"amplitudes and periods must be distinct, with at least one period: {amplitudes}, {periods}.")
+    return [(1.0, None), *((A, T) for A in amplitudes if A != 1 for T in periods)]
+
+
+def assemble(
+    *,
+    amplitudes: Sequence[float],
+    periods: Sequence[float],
+    seeds: Sequence[int],
+    classes: Sequence[str],
+    evaluation_steps: ArrayLike,
+    accuracy: ArrayLike,
+    loss: ArrayLike,
+    minibatch_loss: ArrayLike,
+    minibatch_accuracy: ArrayLike,
+    class_weights: ArrayLike,
+    diverged_at: ArrayLike,
+    attrs: Mapping[str, object],
+) -> xr.Dataset:
+    """Gives flat members their named dimensions.
+
+    The members' order is: for every condition of `conditions(amplitudes, periods)`, for every seed.
+
+    **Arguments:**
+
+    - `amplitudes`, `periods`, `seeds`, `classes`: what was compared; the amplitude 1 is implied.
+    - `evaluation_steps`: updates made before each evaluation, `[evaluations]`.
+    - `accuracy`, `loss`: `[members, splits, evaluations]`, splits being train, validation; NaN where not evaluated.
+    - `minibatch_loss`, `minibatch_accuracy`: `[members, steps]`.
+    - `class_weights`: `[conditions, steps, classes]`; they do not depend on the seed.
+    - `diverged_at`: `[members]`, -1 for never.
+    - `attrs`: what else to record. Read elsewhere: `dataset`, `finished` (anything but true is an interrupted run),
+        `steps_done`, `steps_planned`, `steps_per_epoch`, `command`, `device` and the keys of `provenance()`.
+
+    **Returns:**
+
+    The dataset that the module describes.
+    """
+    grid = [float(A) for A in amplitudes if A != 1]
+    n_conditions = len(conditions(amplitudes, periods))
+
+    def unfold(name: str, values: ArrayLike, *dims: str) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
+        values = np.asarray(values)
+        lead = (n_conditions,) if name == "class_weights" else (n_conditions, len(seeds))
+        if values.ndim != len(dims) + 1 or values.shape[0] != np.prod(lead):
+            raise ValueError(f"{name} has shape {values.shape}: expected {np.prod(lead)} along the first of {dims}.")
+        values = values.reshape(*lead, *values.shape[1:])
+        static = np.broadcast_to(values[0], (1, len(periods), *values.shape[1:]))
+        dynamical = values[1:].reshape(len(grid), len(periods), *values.shape[1:])
+        lead_dims = ("amplitude", "period", "seed")[: len(lead) + 1]
+        return (*lead_dims, *dims), np.concatenate([static, dynamical]), _attributes(name)
+
+    minibatch_loss = np.asarray(minibatch_loss)
+    return xr.Dataset(
+        {
+            "accuracy": unfold("accuracy", accuracy, "split", "evaluation_step"),
+            "loss": unfold("loss", loss, "split", "evaluation_step"),
+            "minibatch_loss": unfold("minibatch_loss", minibatch_loss, "step"),
+            "minibatch_accuracy": unfold("minibatch_accuracy", minibatch_accuracy, "step"),
+            "class_weights": unfold("class_weights", class_weights, "step", "class"),
+            "diverged_at": unfold("diverged_at", diverged_at),
+        },
+        {
+            "amplitude": ("amplitude", [1.0, *grid], _attributes("amplitude")),
+            "period": ("period", [float(T) for T in periods], _attributes("period")),
+            "seed": ("seed", np.asarray(seeds)),
+            "split": ("split", list(SPLITS)),
+            "evaluation_step": ("evaluation_step", np.asarray(evaluation_steps), _attributes("evaluation_step")),
+            "step": ("step", np.arange(minibatch_loss.shape[-1]), _attributes("step")),
+            "class": ("class", list(classes)),
+        },
+        {
+            "comment": "amplitude 1 is the static loss, which has no period: trained once, repeated along period",
+            # netCDF attributes know neither None nor bool
+            **{key: str(a).lower() if isinstance(a, bool) else a for key, a in attrs.items() if a is not None},
+        },
+    )
+
+
+def _attributes(name: str) -> dict[str, str]:
+    unit, description = _UNITS[name]
+    return {"units": unit, "long_name": description}
+
+
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Writes the dataset as compressed netCDF. Whenever it is stopped, `path` holds the whole old or whole new file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    # An interrupted run can have empty variables, which cannot be compressed.
+    encoding = {name: {"zlib": True, "complevel": 1} for name, v in dataset.data_vars.items() if v.size}
+    try:
+        dataset.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Reads what `save` wrote into memory and closes the file."""
+    with xr.open_dataset(path, engine="h5netcdf") as dataset:
+        return dataset.load()
+
+
+def provenance() -> dict[str, str]:
+    """What computed a result: versions of Python and the packages that matter, platform, and the project's git commit.
+
+    Whatever is not installed is left out, and so is the commit without git; "+dirty" marks uncommitted changes.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    try:
+        commit = _git("rev-parse", "HEAD")
+        found["git_commit"] = commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

@@ -1,0 +1,291 @@
+"""What a run's results say: statistics over seeds, differences paired by seed, and the same words in every output.
+
+Static and dynamical losses start from the same seeds, so the difference of a seed removes what the seed alone decides.
+Members that diverged have no place in a mean; they are left out of it, counted, and named.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from rich import box
+from rich.table import Table
+from scipy import stats
+
+from ._results import PACKAGES, dataset_title
+
+CONFIDENCE = 0.95
+_SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Statistics of one number per seed. `std` divides by n - 1; `low` to `high` is the 95 % confidence interval of the
+    mean (Student's t). What too few seeds cannot give is None."""
+
+    values: dict[int, float]
+    n: int
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, values: dict[int, float]) -> "Estimate":
+        n, sample = len(values), np.array(list(values.values()), dtype=np.float64)
+        if n < 2:
+            return cls(values, n, next(iter(values.values()), None), None, None, None)
+        mean, std = float(sample.mean()), float(sample.std(ddof=1))
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / n**0.5
+        return cls(values, n, mean, std, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One loss, at the last evaluation. `outcomes` and `differences` (dynamical - static) are indexed by split, then by
+    "accuracy" (0 to 1) or "loss" (nats); the static loss has no period, no differences and no evidence."""
+
+    amplitude: float
+    period: float | None
+    seeds: int
+    diverged: list[int]
+    outcomes: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    evidence: str | None
+
+    @property
+    def name(self) -> str:
+        return "static" if self.period is None else f"A = {self.amplitude:g}, T = {self.period:g}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All conditions, the static one first; `notices` must be read before the numbers, `notes` after them."""
+
+    dataset: str
+    finished: bool
+    evaluated_at: dict[str, int | None]
+    notices: list[str]
+    notes: list[str]
+    conditions: list[Condition]
+
+
+def summarise(dataset: xr.Dataset) -> Summary:
+    """Statistics of each split at its last evaluation, for the dataset that `_results.assemble` describes."""
+    if dataset.amplitude.values[0] != 1:
+        raise ValueError(f"the first amplitude must be 1, the static loss, not {dataset.amplitude.values[0]:g}.")
+    last: dict[str, int | None] = {}
+    for split in dataset.split.values.tolist():
+        seen = np.isfinite(dataset.accuracy.sel(split=split)).any(("amplitude", "period", "seed")).values
+        last[split] = int(dataset.evaluation_step.values[seen][-1]) if seen.any() else None
+
+    static = _condition(dataset.isel(amplitude=0, period=0), None, last, None)
+    dynamical = [
+        _condition(dataset.isel(amplitude=a, period=p), float(dataset.period[p]), last, static)
+        for a in range(1, dataset.sizes["amplitude"])
+        for p in range(dataset.sizes["period"])
+    ]
+    everything, finished = [static, *dynamical], str(dataset.attrs.get("finished")) == "true"
+    return Summary(
+        dataset=dataset_title(dataset.attrs["dataset"]),
+        finished=finished,
+        evaluated_at=last,
+        notices=_notices(dataset, finished, everything),
+        notes=_notes(len(dynamical)),
+        conditions=everything,
+    )
+
+
+def _condition(
+    members: xr.Dataset, period: float | None, last: Mapping[str, int | None], static: Condition | None
+) -> Condition:
+    """Statistics of one condition, whose members have dimension seed alone; `static` is what to compare it with."""
+    final = {
+        split: {m: members[m].sel(split=split, evaluation_step=step).values.astype(float) for m in ("accuracy", "loss")}
+        for split, step in last.items()
+        if step is not None
+    }
+    lost = members.diverged_at.values >= 0
+    for split in final.values():
+        lost = lost | ~np.isfinite(split["accuracy"]) | ~np.isfinite(split["loss"])
+    seeds: list[int] = members.seed.values.tolist()
+    survivors = [(i, seed) for i, seed in enumerate(seeds) if not lost[i]]
+
+    outcomes = {
+        split: {m: Estimate.of({seed: float(v[i]) for i, seed in survivors}) for m, v in metrics.items()}
+        for split, metrics in final.items()
+    }
+    differences = {
+        split: {m: _paired(e, static.outcomes[split][m]) for m, e in metrics.items()}
+        for split, metrics in outcomes.items()
+        if static is not None
+    }
+    amplitude, diverged = float(members.amplitude), [seed for seed, gone in zip(seeds, lost, strict=True) if gone]
+    result = Condition(amplitude, period, len(seeds), diverged, outcomes, differences, None)
+    return result if static is None else dataclasses.replace(result, evidence=_evidence(result))
+
+
+def _paired(dynamical: Estimate, static: Estimate) -> Estimate:
+    return Estimate.of({seed: v - static.values[seed] for seed, v in dynamical.values.items() if seed in static.values})
+
+
+def _evidence(condition: Condition) -> str:
+    """What the paired validation accuracies establish, in plain words."""
+    lead = f"Validation accuracy, {condition.name}: dynamical − static"
+    difference = condition.differences.get("validation", {}).get("accuracy")
+    if difference is None or difference.mean is None:
+        return f"{lead}: no seed was evaluated under both losses, so there is nothing to compare."
+    lead += f" = {_number(difference.mean, 100, sign=True)} points"
+    if difference.std is None or difference.low is None or difference.high is None:
+        return f"{lead} (1 seed): one seed has no interval, so no difference is established."
+    lead += f" (95 % CI {_interval(difference, 100)}, {difference.n} seeds)"
+    if difference.std < _SAME:
+        return f"{lead}: all seeds differ by the same amount, too few distinct values to establish a difference."
+    if difference.low > 0:
+        return f"{lead}: higher with the dynamical loss."
+    return f"{lead}: lower with the dynamical loss." if difference.high < 0 else f"{lead}: no difference established."
+
+
+def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -> list[str]:
+    notices = []
+    if dataset.attrs["dataset"] == "digits":
+        notices.append(
+            "NOT CIFAR-10: this run used scikit-learn's bundled handwritten digits as a stand-in. "
+            "Its numbers say nothing about CIFAR-10."
+        )
+    if not finished:
+        done, steps = dataset.attrs.get("steps_done", dataset.sizes["step"]), dataset.attrs.get("steps_planned")
+        notices.append(
+            f"INTERRUPTED after {done:,} {f'of {steps:,} ' if steps else ''}updates: these are numbers of an "
+            "unfinished training, in which the class weights may still have been oscillating."
+        )
+    gone = [f"{c.name}: seed {', '.join(map(str, c.diverged))}" for c in everything if c.diverged]
+    if gone:
+        notices.append(
+            f"DIVERGED (became non-finite): {sum(len(c.diverged) for c in everything)} of "
+            f"{sum(c.seeds for c in everything)} members. They are left out of every mean and difference, which can "
+            f"flatter the conditions they belong to ({'; '.join(gone)})."
+        )
+    return notices
+
+
+def _notes(n_dynamical: int) -> list[str]:
+    notes = [
+        "± is the standard deviation over seeds (n − 1). Differences are paired by seed; their 95 % confidence "
+        "intervals are Student's t, which assumes roughly normal differences.",
+        "Loss is the plain cross-entropy without class weights, so that losses can be compared.",
+    ]
+    if n_dynamical > 1:
+        notes.append(
+            f"The intervals are not corrected for multiple comparisons: of {n_dynamical} conditions some can differ by "
+            "chance alone, and choosing the best of them on this validation set overstates it."
+        )
+    return notes
+
+
+def _number(value: float, scale: float = 1, digits: int = 2, sign: bool = False) -> str:
+    return f"{value * scale:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def _interval(estimate: Estimate, scale: float = 1, digits: int = 2) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "–"
+    return f"{_number(estimate.low, scale, digits)} to {_number(estimate.high, scale, digits)}"
+
+
+def _spread(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
+    """Mean ± std, or as much of it as there is."""
+    if estimate is None or estimate.mean is None:
+        return "–"
+    std = "–" if estimate.std is None else _number(estimate.std, scale, digits)
+    return f"{_number(estimate.mean, scale, digits)} ± {std}"
+
+
+def _difference(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
+    """Mean and confidence interval, or as much of it as there is."""
+    if estimate is None or estimate.mean is None:
+        return "–"
+    return f"{_number(estimate.mean, scale, digits, sign=True)} [{_interval(estimate, scale, digits)}]"
+
+
+_COLUMNS = (
+    ("train", "accuracy", 100, 2),
+    ("validation", "accuracy", 100, 2),
+    ("train", "loss", 1, 4),
+    ("validation", "loss", 1, 4),
+)
+
+
+def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
+    """The cells of the two tables: outcomes of every condition, and differences of the dynamical ones."""
+    outcomes, differences = [], []
+    for c in summary.conditions:
+        lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
+        cells = [_spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
+        outcomes.append([*lead, f"{c.seeds - len(c.diverged)}/{c.seeds}", str(len(c.diverged)), *cells])
+        if c.period is not None:
+            pairs = {m: e for metrics in c.differences.values() for m, e in metrics.items()}
+            cells = [_difference(c.differences.get(split, {}).get(m), scale, d) for split, m, scale, d in _COLUMNS]
+            differences.append([*lead, str(pairs["accuracy"].n if pairs else 0), *cells])
+    return outcomes, differences
+
+
+def console_table(summary: Summary) -> Table:
+    """The table for the terminal: accuracies of every condition, and the paired difference in validation accuracy."""
+    table = Table(title=f"Accuracy at the last evaluation, %: {summary.dataset}", box=box.SIMPLE_HEAD)
+    table.caption, table.caption_style = "\n".join(summary.notices) or None, "bold red"
+    for header in ("A", "T", "seeds", "train", "validation", "dynamical − static\n95 % CI"):
+        table.add_column(header, justify="right", no_wrap=True)
+    outcomes, differences = _rows(summary)
+    for cells, difference in zip(outcomes, ["", *(d[4] for d in differences)], strict=True):
+        table.add_row(*cells[:3], *cells[4:6], difference)
+    return table
+
+
+def _markdown_table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _plain(value: object) -> object:
+    """An attribute as JSON can hold it: no NumPy types, None for NaN."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_summary(summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str]) -> None:
+    """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not."""
+    outcomes, differences = _rows(summary)
+    splits = ["train accuracy, %", "validation accuracy, %", "train loss, nats", "validation loss, nats"]
+    steps = ", ".join(
+        f"{split} after {step:,} updates" for split, step in summary.evaluated_at.items() if step is not None
+    )
+    lines = [f"# Static and dynamical loss on {summary.dataset}", ""]
+    for notice in summary.notices:
+        lines += [f"> **{notice}**", ""]
+    lines += [f"- {c.evidence}" for c in summary.conditions if c.evidence]
+    lines += ["", f"## Results ({steps or 'nothing was evaluated'})", ""]
+    lines += _markdown_table(["A", "T (updates)", "seeds used", "diverged", *splits], outcomes)
+    if differences:
+        splits = ["train accuracy, points", "validation accuracy, points", *splits[2:]]
+        lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
+        lines += _markdown_table(["A", "T (updates)", "seeds", *splits], differences)
+    lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
+    attrs = {key: _plain(value) for key, value in dataset.attrs.items()}
+    for key in ("command", "device", "python", *PACKAGES, "platform", "git_commit"):
+        if key in attrs:
+            lines.append(f"- {key.replace('_', ' ')}: `{attrs[key]}`")
+
+    document = dataclasses.asdict(summary) | {
+        "confidence": CONFIDENCE,
+        "units": {"accuracy": "fraction", "loss": "nats", "period": "updates"},
+        "attributes": attrs,
+    }
+    (Path(directory) / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    (Path(directory) / "summary.json").write_text(text + "\n", encoding="utf-8")

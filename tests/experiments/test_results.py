@@ -1,0 +1,110 @@
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from experiments import _results
+from experiments._results import assemble, conditions, load, provenance, save
+
+from .synthetic import CLASSES, results
+
+
+def test_conditions_start_with_the_static_loss_and_hold_it_once():
+    assert conditions([1, 10, 70], [50.0, 100.0]) == [(1, None), (10, 50), (10, 100), (70, 50), (70, 100)]
+    assert conditions([10], [50.0]) == [(1, None), (10, 50)]
+
+
+@pytest.mark.parametrize("amplitudes, periods", [([1, 10], []), ([10, 10], [50]), ([10], [50, 50])])
+def test_ambiguous_grids_are_rejected(amplitudes, periods):
+    with pytest.raises(ValueError, match="distinct"):
+        conditions(amplitudes, periods)
+
+
+def _numbered(**changes: object) -> xr.Dataset:
+    """Members numbered 0, 1, …: their values say where they came from."""
+    members = np.arange(10.0)  # 5 conditions x 2 seeds
+    arguments = dict(
+        amplitudes=[1, 10, 70],
+        periods=[50, 100],
+        seeds=[3, 4],
+        classes=CLASSES,
+        evaluation_steps=[5, 7],
+        accuracy=np.broadcast_to(members[:, None, None], (10, 2, 2)),
+        loss=np.zeros((10, 2, 2)),
+        minibatch_loss=np.zeros((10, 7)),
+        minibatch_accuracy=np.zeros((10, 7)),
+        class_weights=np.broadcast_to(np.arange(5.0)[:, None, None], (5, 7, 10)),
+        diverged_at=np.full(10, -1),
+        attrs={"dataset": "digits", "finished": False, "git_commit": None},
+    )
+    return assemble(**(arguments | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_assemble_puts_every_member_in_its_place():
+    dataset = _numbered()
+    for member, (A, T) in enumerate(conditions([1, 10, 70], [50, 100])):
+        for T_stored in [50, 100] if T is None else [T]:
+            where = {"amplitude": A, "period": T_stored}
+            assert (dataset.class_weights.sel(where) == member).all()
+            assert (dataset.accuracy.sel(where | {"seed": 3}) == 2 * member).all()
+            assert (dataset.accuracy.sel(where | {"seed": 4}) == 2 * member + 1).all()
+    assert dataset.attrs["finished"] == "false" and "git_commit" not in dataset.attrs
+    assert "static loss" in dataset.attrs["comment"]
+    assert all("units" in variable.attrs for variable in dataset.data_vars.values())
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("accuracy", (9, 2, 2)), ("diverged_at", (10, 1)), ("class_weights", (10, 7, 10))]
+)
+def test_assemble_rejects_wrong_shapes(name, shape):
+    with pytest.raises(ValueError, match=name):
+        _numbered(**{name: np.zeros(shape)})
+
+
+@pytest.mark.parametrize("evaluations", [8, 0])
+def test_load_gives_back_what_save_wrote(tmp_path, evaluations):
+    dataset = results(evaluations=evaluations, diverged={4: 100}, dataset="digits")
+    save(dataset, tmp_path / "results.nc")
+    loaded = load(tmp_path / "results.nc")
+    xr.testing.assert_equal(loaded, dataset)
+    assert loaded.attrs == dataset.attrs
+    assert loaded["class"].values.tolist() == list(CLASSES)
+    assert loaded.accuracy.attrs == dataset.accuracy.attrs
+
+
+@pytest.mark.parametrize("broken", ["to_netcdf", "replace"])
+def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
+    path = tmp_path / "results.nc"
+    save(results(), path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((xr.Dataset, "to_netcdf", fail) if broken == "to_netcdf" else (os, "replace", fail)))
+    with pytest.raises(OSError, match="disk full"):
+        save(results(seeds=5), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["results.nc"]
+
+
+def test_provenance_names_the_versions_and_the_commit(monkeypatch):
+    found = provenance()
+    assert {"python", "platform", "jax", "numpy", "equinox"} <= found.keys()
+
+    git = {"rev-parse": "abc", "status": ""}
+    monkeypatch.setattr(_results, "_git", lambda command, *rest: git[command])
+    assert provenance()["git_commit"] == "abc"
+    git["status"] = " M file"
+    assert provenance()["git_commit"] == "abc+dirty"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("git", 5)])
+def test_provenance_without_git_has_no_commit(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert "git_commit" not in provenance()
