@@ -106,16 +106,15 @@ class OscillatingWeights(AbstractSchedule):
         period = _check(
             period, (period > 0) & jnp.isfinite(period), "period must be a finite, positive number of optimiser steps"
         )
+        stop = _check(stop, stop >= 0, "stop must be a step, 0 or later, or None for never")
+        phase = _check(phase, jnp.isfinite(phase), "phase must be a finite number of class periods")
         self.num_classes = num_classes
-        self.amplitude = amplitude
-        self.period = period
-        self.stop = _check(stop, stop >= 0, "stop must be a step, 0 or later, or None for never")
-        self.phase = _check(phase, jnp.isfinite(phase), "phase must be a finite number of class periods")
+        self.amplitude, self.period, self.stop, self.phase = jnp.broadcast_arrays(amplitude, period, stop, phase)
         self.waveform = waveform
         self.inclusive_period = inclusive_period
 
     def __call__(self, step: Step) -> Float[Array, " classes"]:
-        if self.amplitude.ndim or self.period.ndim or self.stop.ndim or self.phase.ndim:
+        if self.amplitude.ndim:
             raise ValueError(
                 "This schedule holds a batch of hyperparameters: call it under jax.vmap or eqx.filter_vmap."
             )

@@ -46,6 +46,11 @@ def dataset_title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
+def file_name(dataset: str, name: str) -> str:
+    """What a file of a run is called: one about a stand-in says so in its name."""
+    return name if dataset == "cifar10" else f"{dataset}_{name}"
+
+
 def conditions(amplitudes: Sequence[float], periods: Sequence[float]) -> list[tuple[float, float | None]]:
     """The (amplitude, period) pairs of a run: static, (1, None), then each amplitude but 1, period by period."""
     if not periods or len(set(periods)) < len(periods) or len(set(amplitudes)) < len(amplitudes):

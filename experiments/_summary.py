@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from ._results import PACKAGES, dataset_title
+from ._results import PACKAGES, dataset_title, file_name
 
 CONFIDENCE = 0.95
 _SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
@@ -259,7 +259,10 @@ def _plain(value: object) -> object:
 
 
 def write_summary(summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str]) -> None:
-    """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not."""
+    """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not.
+
+    The names are those of `_results.file_name`.
+    """
     outcomes, differences = _rows(summary)
     splits = ["train accuracy, %", "validation accuracy, %", "train loss, nats", "validation loss, nats"]
     steps = ", ".join(
@@ -286,6 +289,7 @@ def write_summary(summary: Summary, dataset: xr.Dataset, directory: str | os.Pat
         "units": {"accuracy": "fraction", "loss": "nats", "period": "updates"},
         "attributes": attrs,
     }
-    (Path(directory) / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    directory, name = Path(directory), dataset.attrs["dataset"]
+    (directory / file_name(name, "summary.md")).write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    (Path(directory) / "summary.json").write_text(text + "\n", encoding="utf-8")
+    (directory / file_name(name, "summary.json")).write_text(text + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from experiments._results import file_name
 from experiments._summary import Estimate, console_table, summarise, write_summary
 
 from .synthetic import results
@@ -18,8 +19,8 @@ def outputs(dataset, directory) -> dict[str, str]:
     console = Console(width=100, file=io.StringIO(), record=True)
     console.print(console_table(summary))
     return {
-        "markdown": (directory / "summary.md").read_text(encoding="utf-8"),
-        "json": (directory / "summary.json").read_text(encoding="utf-8"),
+        "markdown": (directory / file_name(dataset.attrs["dataset"], "summary.md")).read_text(encoding="utf-8"),
+        "json": (directory / file_name(dataset.attrs["dataset"], "summary.json")).read_text(encoding="utf-8"),
         "console": " ".join(console.export_text().split()),  # undoes the wrapping of lines
     }
 

@@ -1,0 +1,198 @@
+"""Training many networks as one compiled program.
+
+A member is a seed, the leaves of its schedule, and the injected hyperparameters of its optimiser: all may differ, and
+the rest is shared. A chunk of training maps over blocks of members, runs the members of a block side by side with
+`vmap`, and scans over the steps inside: `shard_map ∘ map ∘ vmap ∘ scan`. Members never exchange anything, so a member's
+run is that of `eqx_dynloss.train` alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Key, PyTree
+
+from . import train
+from .loss import DynamicalLoss
+from .train import Dataset, Metrics, TrainState
+
+_T = TypeVar("_T")
+_AXIS = "members"
+
+
+def init(
+    make_model: Callable[[Key[Array, ""]], PyTree],
+    optimiser: optax.GradientTransformation,
+    keys: Key[Array, " members"],
+    hyperparams: Mapping[str, Array] | None = None,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> TrainState:
+    """The states of all members before the first update, spread over the devices.
+
+    **Arguments:**
+
+    - `make_model`, `optimiser`: as for `eqx_dynloss.train.init`.
+    - `keys`: one key per member. Members with the same key have the same initial parameters and see the same examples
+        in the same order, so that their results can be compared in pairs.
+    - `hyperparams`: `[members]` values for hyperparameters injected into the optimiser, by name.
+    - `devices`: those to use, all by default; of these, as many as divide the number of members are used.
+
+    **Returns:** a `TrainState` whose arrays have a leading member axis.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    num_members = len(keys)
+    num_devices = max(n for n in range(1, len(devices) + 1) if num_members % n == 0)
+    mesh = Mesh(devices[:num_devices], (_AXIS,))
+
+    @eqx.filter_jit
+    def create(keys, hyperparams):
+        return _map_members(lambda key, hyper: train.init(make_model, optimiser, key, hyper), 1)(keys, hyperparams)
+
+    states = create(keys, {name: jnp.asarray(value) for name, value in (hyperparams or {}).items()})
+    return _place(states, NamedSharding(mesh, P(_AXIS)))
+
+
+def replicate(tree: _T, states: TrainState) -> _T:
+    """Copies data to every device that the states are on. Do it once, with each data set, before training."""
+    return _place(tree, NamedSharding(_mesh(states), P()))
+
+
+def train_chunk(
+    states: TrainState,
+    losses: DynamicalLoss,
+    optimiser: optax.GradientTransformation,
+    data: Dataset,
+    *,
+    num_steps: int,
+    batch_size: int | None = None,
+    microbatch_size: int | None = None,
+    evaluations: Mapping[str, tuple[Dataset, bool]] | None = None,
+    block_size: int | None = None,
+) -> tuple[TrainState, Metrics, dict[str, Metrics]]:
+    """`num_steps` updates of every member, then evaluations. Calls that differ only in arrays share one compilation.
+
+    The memory of `states` is reused: the old value is gone after the call.
+
+    **Arguments:**
+
+    - `states`: from `init`, or from the last chunk.
+    - `losses`: one dynamical loss whose array leaves have a leading member axis, for example
+        `DynamicalLoss(OscillatingWeights(10, amplitudes, periods))` with `[members]` arrays.
+    - `optimiser`, `data`, `num_steps`, `batch_size`, `microbatch_size`: as for `eqx_dynloss.train.train_chunk`; `data`
+        from `replicate`.
+    - `evaluations`: by name, a data set and whether to evaluate on it after this chunk. One that is skipped costs
+        nothing and gives NaN.
+    - `block_size`: how many members run side by side on a device, see `default_block_size`. Changes results by rounding
+        at most.
+
+    **Returns:** the new states; the metrics of every update, `[members, num_steps]`; and for every evaluation its
+    metrics, `[members]`.
+    """
+    evaluations = evaluations or {}
+    for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
+        if leaf.ndim == 0 or len(leaf) != len(states.step):
+            raise ValueError(
+                f"every array in losses must have a leading axis of {len(states.step)} members, got shape {leaf.shape}."
+            )
+    sets = {name: evaluated for name, (evaluated, _) in evaluations.items()}
+    flags = {name: jnp.asarray(flag) for name, (_, flag) in evaluations.items()}
+    if block_size is None:
+        block_size = default_block_size(states.model)
+    train_member = jax.tree_util.Partial(
+        train.train_chunk,
+        optimiser=optimiser,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        microbatch_size=microbatch_size,
+    )
+    return _train_chunk((losses, data, sets, flags, train_member, block_size, _mesh(states)), states)
+
+
+def default_block_size(model: PyTree) -> int:
+    """How many members a device runs side by side, from the platform and the (stacked) model.
+
+    On an accelerator all of them, for it has room. On a CPU 4 for fully connected models, which fills the vector units
+    and stays in the cache, and 1 for convolutions, which fill a core by themselves and would only need more memory.
+    """
+    if jax.default_backend() != "cpu":
+        return 2**31
+    has_kernels = any(leaf.ndim > 3 for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+    return 1 if has_kernels else 4
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _train_chunk(shared, states):
+    losses, data, sets, flags, train_member, block_size, mesh = shared
+
+    def on_device(states, losses, data, sets, flags):
+        def member(state, loss):
+            state, metrics = train_member(state, loss, data=data)
+            return state, metrics, {name: _evaluate_if(flags[name], state.model, sets[name]) for name in sets}
+
+        return _map_members(member, block_size)(states, losses)
+
+    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P(), P(), P()))(states, losses, data, sets, flags)
+
+
+def _mesh(states: TrainState) -> Mesh:
+    sharding = states.step.sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        raise ValueError("the states must come from eqx_dynloss.ensemble.init, which spreads them over the devices.")
+    return sharding.mesh
+
+
+def _evaluate_if(flag: Bool[Array, ""], model: PyTree, data: Dataset) -> Metrics:
+    nothing = jax.tree.map(
+        lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(train.evaluate, model, data)
+    )
+    return lax.cond(flag, lambda: train.evaluate(model, data), lambda: nothing)
+
+
+def _map_members(function, block_size: int):
+    """Maps a function of PyTrees over the leading axis of their arrays, `block_size` at a time."""
+
+    def transform(on_arrays):
+        def mapped(*arrays):
+            size = min(block_size, len(jax.tree.leaves(arrays)[0]))
+            return lax.map(lambda xs: on_arrays(*xs), arrays, batch_size=size if size > 1 else None)
+
+        return mapped
+
+    return _filter(transform, function)
+
+
+def _shard_members(function, mesh: Mesh, in_specs):
+    """Runs a function of PyTrees on every device with its own members; there is nothing to communicate."""
+    return _filter(
+        lambda on_arrays: jax.shard_map(on_arrays, mesh=mesh, in_specs=in_specs, out_specs=P(_AXIS), check_vma=False),
+        function,
+    )
+
+
+def _filter(transform, function):
+    """Applies a transformation of functions of arrays to a function of PyTrees that also hold other things."""
+
+    def filtered(*trees):
+        arrays, static = eqx.partition(trees, eqx.is_array)
+        rest: Any = None
+
+        def on_arrays(*arrays):
+            nonlocal rest
+            out, rest = eqx.partition(function(*eqx.combine(arrays, static)), eqx.is_array)
+            return out
+
+        return eqx.combine(transform(on_arrays)(*arrays), rest)
+
+    return filtered
+
+
+def _place(tree: _T, sharding: NamedSharding) -> _T:
+    arrays, static = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, sharding), static)

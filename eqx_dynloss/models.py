@@ -1,0 +1,111 @@
+"""The papers' two networks. Both take one example; `jax.vmap(model)` takes a batch, as everywhere in Equinox."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.nn.initializers as jinit
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .convolution import conv3x3
+
+
+class MLP(eqx.Module):
+    """A fully connected ReLU network: the paper's for the spiral with 2 inputs, width 100 and 3 outputs."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+
+    def __init__(
+        self,
+        in_size: int,
+        width: int,
+        out_size: int,
+        *,
+        depth: int = 1,
+        init: Literal["paper", "glorot"] = "paper",
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_size`, `width`, `out_size`: numbers of inputs, of units in every hidden layer, and of outputs.
+        - `depth`: the number of hidden layers.
+        - `init`: `"paper"` draws weights from N(0, 1/fan_in) and starts the biases at 0; `"glorot"` draws weights from
+            the truncated Glorot normal distribution and biases from N(0, 0.01²). The biases are trained in both.
+        """
+        if init not in ("paper", "glorot"):
+            raise ValueError(f'init must be "paper" or "glorot", got {init!r}.')
+        sizes = (in_size, *([width] * depth), out_size)
+        keys = jr.split(key, depth + 1)
+        self.layers = tuple(_linear(i, o, init, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+
+    def __call__(self, x: Float[Array, " in_size"]) -> Float[Array, " out_size"]:
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Convolution(eqx.Module):
+    """A 3×3 convolution with bias, He-normal weights and biases that start at 0. Channels last."""
+
+    kernel: Float[Array, "3 3 in_channels out_channels"]
+    bias: Float[Array, " out_channels"]
+
+    def __init__(self, in_channels: int, out_channels: int, *, key: PRNGKeyArray):
+        self.kernel = jinit.he_normal()(key, (3, 3, in_channels, out_channels), float)
+        self.bias = jnp.zeros(out_channels)
+
+    def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, "height width out_channels"]:
+        out = conv3x3(x, self.kernel)
+        return out + jnp.broadcast_to(self.bias, out.shape)
+
+
+class Myrtle(eqx.Module):
+    """Myrtle5, the paper's network for CIFAR-10: four 3×3 convolutions of constant width and a linear layer.
+
+    conv-ReLU, conv-ReLU, pool, conv-ReLU, pool, conv-ReLU, then the mean over what is left of the image, and a linear
+    layer; pools are 2×2 means. No normalisation, no dropout. At width 64: 112,960 weights and 266 biases. The
+    initialisation (He-normal, zero biases) is this library's choice; the paper does not state one.
+
+    ??? cite
+
+        Shankar et al.: *Neural Kernels Without Tangents*, ICML 2020.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    head: eqx.nn.Linear
+
+    def __init__(self, width: int = 64, *, in_channels: int = 3, num_classes: int = 10, key: PRNGKeyArray):
+        keys = jr.split(key, 5)
+        channels = (in_channels, width, width, width)
+        self.convolutions = tuple(Convolution(c, width, key=k) for c, k in zip(channels, keys[:4], strict=True))
+        self.head = _linear(width, num_classes, "he", key=keys[4])
+
+    def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, " num_classes"]:
+        """`x` is one image, channels last, its height and width divisible by 4."""
+        first, second, third, fourth = self.convolutions
+        x = jax.nn.relu(first(x))
+        x = _pool(jax.nn.relu(second(x)))
+        x = _pool(jax.nn.relu(third(x)))
+        x = jax.nn.relu(fourth(x))
+        return self.head(jnp.mean(x, (0, 1)))
+
+
+def _pool(x: Float[Array, "height width channels"]) -> Float[Array, "height/2 width/2 channels"]:
+    height, width, channels = x.shape
+    return jnp.mean(x.reshape(height // 2, 2, width // 2, 2, channels), (1, 3))
+
+
+def _linear(in_size: int, out_size: int, init: str, *, key: PRNGKeyArray) -> eqx.nn.Linear:
+    wkey, bkey = jr.split(key)
+    axes = {"in_axis": 1, "out_axis": 0}
+    draw = {
+        "paper": jinit.variance_scaling(1.0, "fan_in", "normal", **axes),
+        "glorot": jinit.glorot_normal(**axes),
+        "he": jinit.he_normal(**axes),
+    }[init]
+    weight = draw(wkey, (out_size, in_size), float)
+    bias = 0.01 * jr.normal(bkey, (out_size,)) if init == "glorot" else jnp.zeros(out_size)
+    linear = eqx.nn.Linear(in_size, out_size, key=key)
+    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), linear, (weight, bias))

@@ -1,0 +1,228 @@
+"""Training one network under a dynamical loss: a state, a step, a chunk of steps, an evaluation. All pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+
+from .loss import DynamicalLoss, softmax_cross_entropy
+
+
+class Dataset(eqx.Module):
+    """Labelled examples as they are stored, and what turns them into a network's inputs.
+
+    Images may stay uint8, a quarter of their size in float32: a minibatch is transformed when it is drawn.
+    """
+
+    inputs: Shaped[Array, "examples ..."]
+    labels: Int[Array, " examples"]
+    transform: Callable[[Array], Array] = eqx.nn.Identity()
+
+    def __check_init__(self):
+        if len(self.inputs) != len(self.labels):
+            raise ValueError(f"got {len(self.inputs)} inputs but {len(self.labels)} labels.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TrainState(eqx.Module):
+    """Everything that a training run is at one moment, and all that its continuation depends on."""
+
+    model: PyTree
+    opt_state: PyTree
+    step: Int[Array, ""]  # updates made so far; stands still once a member has diverged
+    key: Key[Array, ""]  # decides the order of the examples; never changes
+    diverged: Bool[Array, ""]  # an update was not finite: it was not made, and none will be
+
+
+class Metrics(eqx.Module):
+    """Mean loss and share of correct answers, each with the same leading axes."""
+
+    loss: Float[Array | np.ndarray, "..."]
+    accuracy: Float[Array | np.ndarray, "..."]
+
+
+def init(
+    make_model: Callable[[Key[Array, ""]], PyTree],
+    optimiser: optax.GradientTransformation,
+    key: Key[Array, ""],
+    hyperparams: Mapping[str, Array] | None = None,
+) -> TrainState:
+    """The state before the first update.
+
+    **Arguments:**
+
+    - `make_model`: a function of a key that gives an Equinox model of one example.
+    - `optimiser`: any optax optimiser.
+    - `key`: decides both the initial parameters and the order of the examples.
+    - `hyperparams`: values for hyperparameters of an optimiser made with `optax.inject_hyperparams`, by name.
+    """
+    model_key, order_key = jr.split(key)
+    model = make_model(model_key)
+    opt_state: Any = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    if hyperparams:
+        injected = getattr(opt_state, "hyperparams", {})
+        unknown = sorted(set(hyperparams) - set(injected))
+        if unknown:
+            raise ValueError(
+                f"the optimiser has no hyperparameter {', '.join(unknown)}; those that it was given with "
+                f"optax.inject_hyperparams are: {', '.join(injected) or 'none'}."
+            )
+        values = {name: jnp.asarray(value, injected[name].dtype) for name, value in hyperparams.items()}
+        opt_state = opt_state._replace(hyperparams=injected | values)
+    return TrainState(model, opt_state, jnp.zeros((), int), order_key, jnp.zeros((), bool))
+
+
+def train_step(
+    state: TrainState,
+    loss: DynamicalLoss,
+    optimiser: optax.GradientTransformation,
+    inputs: Shaped[Array, "batch ..."],
+    labels: Int[Array, " batch"],
+    *,
+    microbatch_size: int | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update, on one batch.
+
+    An update that is not finite is not made: the state keeps its last finite values, is marked as diverged and does not
+    move again.
+
+    **Arguments:**
+
+    - `microbatch_size`: examples whose gradient is computed at a time, a divisor of the batch; `None` is all. Needs
+        less memory, and on a CPU less time for convolutions, whose activations then stay in the cache. The update is
+        the same up to rounding, for a loss that is a mean over the examples.
+
+    **Returns:** the new state, and the loss and accuracy on this batch before the update (NaN once diverged).
+    """
+
+    def objective(model, inputs, labels):
+        outputs = jax.vmap(model)(inputs)
+        return loss(outputs, labels, state.step), _accuracy(outputs, labels)
+
+    value_and_grad = eqx.filter_value_and_grad(objective, has_aux=True)
+    if microbatch_size is None:
+        (value, accuracy), grads = value_and_grad(state.model, inputs, labels)
+    else:
+        (value, accuracy), grads = _mean_over_microbatches(value_and_grad, microbatch_size)(state.model, inputs, labels)
+    updates, opt_state = optimiser.update(grads, state.opt_state, eqx.filter(state.model, eqx.is_inexact_array))
+    model = eqx.apply_updates(state.model, updates)
+
+    moves = ~state.diverged & jnp.isfinite(value) & _all_finite(model)
+    model, opt_state, step = _select(
+        moves, (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
+    )
+    new = TrainState(model, opt_state, step, state.key, ~moves)
+    metrics = Metrics(value, accuracy.astype(value.dtype))
+    return new, jax.tree.map(lambda m: jnp.where(state.diverged, jnp.nan, m), metrics)
+
+
+def train_chunk(
+    state: TrainState,
+    loss: DynamicalLoss,
+    optimiser: optax.GradientTransformation,
+    data: Dataset,
+    *,
+    num_steps: int,
+    batch_size: int | None = None,
+    microbatch_size: int | None = None,
+) -> tuple[TrainState, Metrics]:
+    """`num_steps` updates as one `lax.scan`.
+
+    The data are walked through in a new random order every epoch; an epoch is as many full batches as there are, and
+    what is left over sits out. The order depends only on the state's key and step: however a run is cut into chunks, it
+    is the same run.
+
+    **Arguments:**
+
+    - `batch_size`: examples in a batch; `None` trains on all of them in every step, in the order of the data.
+    - `microbatch_size`: as for `train_step`.
+
+    **Returns:** the new state, and the metrics of every update, `[num_steps]`.
+    """
+    if batch_size is not None and not 1 <= batch_size <= len(data):
+        raise ValueError(f"batch_size must be between 1 and the number of examples, {len(data)}, got {batch_size}.")
+    arrays, static = eqx.partition(state, eqx.is_array)
+    everything = None if batch_size else (data.transform(data.inputs), data.labels)
+    order = minibatches(state.key, state.step, num_steps, len(data), batch_size) if batch_size else None
+
+    def body(arrays, indices):
+        batch = everything or (data.transform(data.inputs[indices]), data.labels[indices])
+        state, metrics = train_step(
+            eqx.combine(arrays, static), loss, optimiser, *batch, microbatch_size=microbatch_size
+        )
+        return eqx.filter(state, eqx.is_array), metrics
+
+    arrays, metrics = lax.scan(body, arrays, order, length=num_steps)
+    return eqx.combine(arrays, static), metrics
+
+
+def minibatches(
+    key: Key[Array, ""], step: Int[Array, ""], num_steps: int, num_examples: int, batch_size: int
+) -> Int[Array, "{num_steps} {batch_size}"]:
+    """The examples of the minibatches `step`, …, `step + num_steps - 1`: epoch e is a permutation drawn with key e."""
+    per_epoch = num_examples // batch_size
+    first = step // per_epoch
+    num_epochs = (num_steps + 2 * per_epoch - 2) // per_epoch  # that many steps can touch, wherever they begin
+
+    def epoch(number):
+        return jr.permutation(jr.fold_in(key, number), num_examples)[: per_epoch * batch_size]
+
+    orders = jax.vmap(epoch)(first + jnp.arange(num_epochs))
+    return lax.dynamic_slice_in_dim(
+        orders.reshape(num_epochs * per_epoch, batch_size), step - first * per_epoch, num_steps
+    )
+
+
+def evaluate(model: PyTree, data: Dataset, *, batch_size: int = 256) -> Metrics:
+    """The plain, unweighted cross-entropy and the accuracy on a whole data set: comparable between all losses.
+
+    **Arguments:**
+
+    - `model`: an Equinox model of one example that gives logits.
+    - `batch_size`: examples that are in memory at once. Does not change the result beyond rounding.
+    """
+    outputs = lax.map(lambda x: model(data.transform(x)), data.inputs, batch_size=min(batch_size, len(data)))
+    loss = jnp.mean(softmax_cross_entropy(outputs, data.labels))
+    return Metrics(loss, _accuracy(outputs, data.labels).astype(loss.dtype))
+
+
+def _mean_over_microbatches(function, size):
+    """The mean of the arrays that `function(model, inputs, labels)` gives for consecutive parts of the batch."""
+
+    def mean(model, *batch):
+        num_parts, rest = divmod(len(batch[0]), size)
+        if rest:
+            raise ValueError(f"microbatch_size must divide the batch of {len(batch[0])}, got {size}.")
+        parts = tuple(a.reshape(num_parts, size, *a.shape[1:]) for a in batch)
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype),
+            eqx.filter_eval_shape(function, model, *(a[0] for a in parts)),
+        )
+        total, _ = lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, function(model, *part)), None), zeros, parts
+        )
+        return jax.tree.map(lambda a: a / num_parts, total)
+
+    return mean
+
+
+def _accuracy(outputs, labels):
+    return jnp.mean(jnp.argmax(outputs, -1) == labels)
+
+
+def _all_finite(tree):
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _select(condition, yes, no):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b) if eqx.is_array(a) else a, yes, no)

@@ -1,0 +1,186 @@
+"""What the experiment commands share: exit codes, devices, the run's directory, and the training loop."""
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eqx_dynloss import ensemble
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.train import Dataset, Metrics, TrainState
+
+from ._data import DataError
+from ._results import file_name
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class UsageError(Exception):
+    """The command cannot do what was asked; the message is one sentence that says why and what to do."""
+
+
+def run(command: Callable[[], bool]) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 wrong use (one sentence, no traceback), 130 interrupted (False)."""
+    try:
+        code = 0 if command() else 130
+    except (UsageError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\nInterrupted before any training: there is nothing to keep.", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def use_all_cores() -> None:
+    """One device per CPU core, which is how JAX trains an ensemble fastest there. Respects XLA_FLAGS, if set."""
+    if "XLA_FLAGS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
+    """Makes the directory of a run, `results/LABEL-DATASET-TIME` if none is given, and writes its `config.json`.
+
+    A directory that holds anything is refused.
+    """
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = out or Path("results") / f"{label}-{dataset}-{stamp}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UsageError(f"{path} is not empty: pass a new directory with --out, so that no results are lost.")
+        text = json.dumps(dict(config), indent=2, default=str)
+        (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {path} ({error.strerror}): pass another directory with --out.") from error
+    return path
+
+
+def chunk_length(num_steps: int, target: float) -> int:
+    """The divisor of `num_steps` nearest to `target` (in ratio): chunks of equal length are one compilation."""
+    divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
+    return min(divisors, key=lambda n: abs(np.log(n / max(target, 1))))
+
+
+@dataclasses.dataclass
+class History:
+    """What a run measured: numbers of every update, and of every evaluation."""
+
+    minibatch: Metrics  # [members, steps]
+    evaluation_steps: list[int]  # updates made before each evaluation
+    evaluations: dict[str, Metrics]  # by split, [members, evaluations]; NaN where not evaluated
+    diverged_at: np.ndarray  # [members], -1 for never
+    finished: bool
+    steps_per_second: (
+        float  # of training and evaluating, without the first chunk, which compiles; NaN if it is the only one
+    )
+
+
+def train(
+    states: TrainState,
+    losses: DynamicalLoss,
+    optimiser: optax.GradientTransformation,
+    data: Dataset,
+    splits: Mapping[str, Dataset],
+    *,
+    num_steps: int,
+    chunk: int,
+    batch_size: int | None,
+    microbatch_size: int | None,
+    num_evaluations: int,
+) -> tuple[TrainState, History]:
+    """Trains an ensemble chunk by chunk with a progress bar, and evaluates it on the way.
+
+    The split "validation" is evaluated `num_evaluations` times, evenly spread, and every other split once, at the end.
+    On Ctrl-C the training stops after the running chunk, and what it measured so far is returned.
+    """
+    num_chunks = num_steps // chunk
+    diverged_at = np.full(len(states.step), -1)
+    minibatch: list[Metrics] = []
+    evaluated: list[tuple[int, dict[str, Metrics]]] = []
+    started = compiled = time.perf_counter()
+    images = len(states.step) * (batch_size or len(data))
+    with _progress() as progress:
+        task = progress.add_task("compiling", total=num_steps)
+        try:
+            for i in range(num_chunks):
+                last = i == num_chunks - 1
+                due = (i + 1) * num_evaluations // num_chunks > i * num_evaluations // num_chunks
+                states, metrics, results = ensemble.train_chunk(
+                    states,
+                    losses,
+                    optimiser,
+                    data,
+                    num_steps=chunk,
+                    batch_size=batch_size,
+                    microbatch_size=microbatch_size,
+                    evaluations={name: (s, due if name == "validation" else last) for name, s in splits.items()},
+                )
+                diverged_at = jax.device_get(jnp.where(states.diverged, states.step, -1))
+                minibatch.append(jax.device_get(metrics))
+                if due or last:
+                    evaluated.append(((i + 1) * chunk, jax.device_get(results)))
+                if i == 0:
+                    compiled = time.perf_counter()
+                rate = images * chunk * i / (time.perf_counter() - compiled) if i else 0.0
+                text = _describe(minibatch[-1], evaluated[-1][1].get("validation") if evaluated else None, rate)
+                progress.update(task, completed=(i + 1) * chunk, description=text)
+                if due and not console.is_terminal:
+                    elapsed = time.perf_counter() - started
+                    console.print(f"update {(i + 1) * chunk:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
+        except KeyboardInterrupt:
+            pass
+    if not minibatch:
+        raise KeyboardInterrupt
+    empty = Metrics(*(np.zeros((len(diverged_at), 0), np.float32) for _ in range(2)))
+    return states, History(
+        minibatch=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *minibatch),
+        evaluation_steps=[step for step, _ in evaluated],
+        evaluations={
+            name: jax.tree.map(lambda *results: np.stack(results, 1), *(results[name] for _, results in evaluated))
+            if evaluated
+            else empty
+            for name in splits
+        },
+        diverged_at=diverged_at,
+        finished=len(minibatch) == num_chunks,
+        steps_per_second=(len(minibatch) - 1) * chunk / (time.perf_counter() - compiled) if num_chunks > 1 else np.nan,
+    )
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _describe(metrics: Metrics, validation: Metrics | None, rate: float) -> str:
+    """Means over the members that are still finite."""
+    text = f"loss {_mean(metrics.loss):.3f}, accuracy {_mean(metrics.accuracy):.1%}"
+    if validation is not None and np.isfinite(validation.accuracy).any():
+        text += f", validation {_mean(validation.accuracy):.1%}"
+    return text + (f", {rate:,.0f} images/s" if rate else "")
+
+
+def _mean(values) -> float:
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
