@@ -10,21 +10,22 @@ The functions return one loss per example and leave the mean to the caller, beca
 With balanced classes, full batches and weights that sum to the number of classes they are the same number.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from eqx_dynloss_kernels import weighted_xent
 from eqx_dynloss_kernels.api import Implementation
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer, PyTree
 
 from .schedule import AbstractSchedule, Step
 
 
 def softmax_cross_entropy(
     logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     class_weights: Float[Array, " classes"] | None = None,
     *,
     where: Bool[Array, "*batch"] | None = None,
@@ -51,8 +52,10 @@ def softmax_cross_entropy(
 
     **Arguments:**
 
-    - `logits`: unnormalised log-probabilities; −inf rules a class out. float16 and bfloat16 are computed in float32.
-    - `labels`: class indices. A label out of range gives NaN unless `where` masks it.
+    - `logits`: unnormalised log-probabilities; −inf rules a class out. float16 and bfloat16 are computed in float32. A
+        row that rules out every class, or holds +inf or NaN, gives NaN unless `where` masks it.
+    - `labels`: class indices, of any integer dtype. A label out of range gives NaN (and no gradient) unless `where`
+        masks it.
     - `class_weights`: one non-negative weight per class; `None` is all ones.
     - `where`: examples that count. The others give exactly 0 and no gradient, whatever their logits and labels hold.
     - `label_smoothing`: share ε of the target that is spread evenly over the classes, in [0, 1]; a class's share keeps
@@ -65,7 +68,7 @@ def softmax_cross_entropy(
 
     **Raises:** `ValueError` for shapes that do not fit and options out of range.
     """
-    class_weights = _validated(logits, labels.shape, class_weights, label_smoothing, z_loss)
+    class_weights = _validated(logits, labels.shape, class_weights, where, label_smoothing, z_loss)
     if where is not None:
         logits = jnp.where(where[..., None], logits, jnp.zeros((), logits.dtype))
         labels = jnp.where(where, labels, 0)
@@ -95,20 +98,28 @@ def softmax_cross_entropy_with_soft_labels(
 
     **Returns:** float32, or float64 for float64 logits, one value per example.
     """
-    class_weights = _validated(logits, labels.shape[:-1], class_weights, label_smoothing, z_loss)
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    if labels.shape != logits.shape:
+        raise ValueError(f"soft labels must have the shape of the logits, {logits.shape}, got {labels.shape}.")
+    class_weights = _validated(logits, labels.shape[:-1], class_weights, where, label_smoothing, z_loss)
+    dtype = _accumulation_dtype(logits)
     x, q, w = logits.astype(dtype), labels.astype(dtype), class_weights.astype(dtype)
     if where is not None:
         x = jnp.where(where[..., None], x, 0.0)
         q = jnp.where(where[..., None], q, 0.0)
     q = (1 - label_smoothing) * q + label_smoothing / x.shape[-1]
     weighted = jnp.broadcast_to(w, q.shape) * q
-    lse = jax.nn.logsumexp(x, -1)
-    finite = jnp.where((q == 0) & jnp.isneginf(x), 0.0, x)
-    loss = jnp.sum(weighted, -1) * lse - jnp.sum(weighted * finite, -1) + z_loss * lse**2
+    top = lax.stop_gradient(jnp.max(x, -1, initial=-jnp.inf))
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
+    shifted = x - shift[..., None]
+    log_total = jax.nn.logsumexp(shifted, -1)
+    finite = jnp.where((weighted == 0) & jnp.isneginf(x), 0.0, shifted)
+    loss = jnp.sum(weighted, -1) * log_total - jnp.sum(weighted * finite, -1)
+    if z_loss:
+        loss += z_loss * (log_total + shift) ** 2
     return loss if where is None else jnp.where(where, loss, 0.0)
 
 
+@runtime_checkable
 class BaseLoss(Protocol):
     """A per-example loss with class weights, such as `softmax_cross_entropy`."""
 
@@ -143,19 +154,26 @@ class DynamicalLoss(eqx.Module):
         return jnp.mean(self.base(outputs, labels, self.schedule(step)))
 
 
-def _validated(logits, batch_shape, class_weights, label_smoothing, z_loss):
+def _accumulation_dtype(logits):
+    # Not promote_types: it refuses bfloat16 with float32 under strict dtype promotion.
+    return jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+
+
+def _validated(logits, batch_shape, class_weights, where, label_smoothing, z_loss):
     if logits.ndim == 0 or logits.shape[:-1] != batch_shape:
         raise ValueError(
             f"logits must have the batch shape of the labels plus one axis of classes, "
             f"got logits of shape {logits.shape} for labels of batch shape {batch_shape}."
         )
+    if where is not None and where.shape != batch_shape:
+        raise ValueError(f"where must have the batch shape {batch_shape} of the labels, got {where.shape}.")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}.")
     if not z_loss >= 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}.")
     num_classes = logits.shape[-1]
     if class_weights is None:
-        return jnp.ones(num_classes, jnp.promote_types(logits.dtype, jnp.float32))
+        return jnp.ones(num_classes, _accumulation_dtype(logits))
     if class_weights.shape != (num_classes,):
         raise ValueError(
             f"class_weights must hold one weight for each of the {num_classes} classes, "

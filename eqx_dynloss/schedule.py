@@ -12,9 +12,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
-Step = Int[Array, ""] | Float[Array, ""] | int | float
+Step = Integer[Array, ""] | Float[Array, ""] | int | float
 Position = Float[Array, ""]
 
 
@@ -52,7 +52,8 @@ class OscillatingWeights(AbstractSchedule):
     $\Gamma_i = C\,g_i/\sum_k g_k$. Every period starts and ends with all weights equal to 1. At the peak the active
     class has $CA/(A+C-1)$ and the others $C/(A+C-1)$. `amplitude=1` is static training.
 
-    Steps are exact up to $2^{24}$ in float32; beyond that use float64.
+    Steps are exact up to $2^{24}$ in float32; beyond that use float64. A period of 1 has no step inside: it is static.
+    Like every module that holds arrays, it is compiled with `eqx.filter_jit(schedule)` or inside a jitted function.
 
     ??? cite
 
@@ -123,7 +124,7 @@ class OscillatingWeights(AbstractSchedule):
         elapsed = step + self.phase * turn_length
         within = jnp.mod(elapsed, turn_length)
         active = jnp.mod(jnp.round((elapsed - within) / turn_length), self.num_classes)
-        peak = 1 + (self.amplitude - 1) * self.waveform(within / self.period)
+        peak = 1 + (self.amplitude - 1) * self.waveform(jnp.minimum(within / self.period, 1.0))
         raw = jnp.where(jnp.arange(self.num_classes) == active.astype(int), peak, 1.0)
         return jnp.where(step < self.stop, _normalise(raw), 1.0)
 
@@ -172,6 +173,8 @@ class UntilStep(AbstractSchedule):
         self.stop = _check(stop, stop >= 0, "stop must be a step, 0 or later")
 
     def __call__(self, step: Step) -> Float[Array, " classes"]:
+        if self.stop.ndim:
+            raise ValueError("This schedule holds a batch of stop steps: call it under jax.vmap or eqx.filter_vmap.")
         return jnp.where(jnp.asarray(step).astype(self.stop.dtype) < self.stop, self.schedule(step), 1.0)
 
 

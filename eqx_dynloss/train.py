@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, PyTree, Shaped
 
 from .loss import DynamicalLoss, softmax_cross_entropy
 
@@ -22,7 +22,7 @@ class Dataset(eqx.Module):
     """
 
     inputs: Shaped[Array, "examples ..."]
-    labels: Int[Array, " examples"]
+    labels: Integer[Array, " examples"]
     transform: Callable[[Array], Array] = eqx.nn.Identity()
 
     def __check_init__(self):
@@ -86,7 +86,7 @@ def train_step(
     loss: DynamicalLoss,
     optimiser: optax.GradientTransformation,
     inputs: Shaped[Array, "batch ..."],
-    labels: Int[Array, " batch"],
+    labels: Integer[Array, " batch"],
     *,
     microbatch_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:

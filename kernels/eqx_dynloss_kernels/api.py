@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from . import plain
 
@@ -11,7 +11,7 @@ Implementation = Literal["xla", "pallas"]
 
 def weighted_xent(
     logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     class_weights: Float[Array, " classes"],
     *,
     label_smoothing: float = 0.0,

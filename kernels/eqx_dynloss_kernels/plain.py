@@ -5,64 +5,82 @@ weight of that class:
 
 $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c).$$
 
-Written for XLA: one `exp` per logit is kept and shared by value and derivative, and the true logit is selected by
-comparison with an iota, which fuses where a gather and its scatter do not.
+Written for XLA: one `exp` per logit is kept and shared by value and derivative. The value gathers the true logit, which
+reads one number a row; the derivative selects it by comparison with an iota, whose transpose fuses where a scatter does
+not. Everything is computed from logits shifted by their maximum, so that no digits are lost to a common offset.
 """
 
 import functools as ft
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def weighted_xent(
     logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     class_weights: Float[Array, " classes"],
     label_smoothing: float,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """See `eqx_dynloss_kernels.weighted_xent`."""
-    x, w = _widen(logits, class_weights)
+    x, labels, w = _widen(logits, labels, class_weights)
     exps, total, shift = _exponentials(x)
-    return _values(x, labels, w, label_smoothing, jnp.log(total) + shift)
+    log_total = jnp.log(total)
+    return _values(logits, labels, w, label_smoothing, log_total, shift), log_total + shift
 
 
 @ft.partial(weighted_xent.defjvp, symbolic_zeros=True)
 def _weighted_xent_jvp(label_smoothing, primals, tangents):
     # All of this is differentiated again for second derivatives: the softmax is e/Σe, so that no rule is applied twice.
-    logits, labels, class_weights = primals
-    x, w = _widen(logits, class_weights)
     dlogits, _, dweights = tangents
+    x, labels, w = _widen(*primals)
     num_classes = x.shape[-1]
     exps, total, shift = _exponentials(x)
-    lse = jnp.log(total) + shift
-    loss, _ = _values(x, labels, w, label_smoothing, lse)
-    dloss = dlse = jnp.zeros_like(lse)
+    log_total = jnp.log(total)
+    shifted = x - shift[..., None]
+    loss = _values(primals[0], labels, w, label_smoothing, log_total, shift)
+    dloss = dlse = jnp.zeros_like(log_total)
     if not _is_zero(dlogits):
         dx = dlogits.astype(x.dtype)
-        dlse = jnp.sum(exps / total[..., None] * dx, -1)
+        dlse = jnp.sum(exps * dx, -1) / total
         dloss = (1 - label_smoothing) * _select(w, labels) * (dlse - _pick(dx, labels))
         if label_smoothing:
             dloss += label_smoothing / num_classes * (jnp.sum(w) * dlse - jnp.sum(_rows(w, dx) * dx, -1))
     if not _is_zero(dweights):
+        # This must be linear in the tangent: what is silenced depends on the weight.
         dw = dweights.astype(w.dtype)
-        dloss += (1 - label_smoothing) * _select(dw, labels) * (lse - _pick(x, labels))
+        nll = _silence(_nll(primals[0], labels, log_total, shift), _select(w, labels))
+        dloss += (1 - label_smoothing) * _select(dw, labels) * nll
         if label_smoothing:
-            dloss += label_smoothing / num_classes * (jnp.sum(dw) * lse - jnp.sum(_rows(dw, x) * x, -1))
-    return (loss, lse), (dloss, dlse)
+            logits = _silence(shifted, _rows(w, x))
+            dloss += label_smoothing / num_classes * (jnp.sum(dw) * log_total - jnp.sum(_rows(dw, x) * logits, -1))
+    return (loss, log_total + shift), (dloss, dlse)
 
 
-def _values(x, labels, w, label_smoothing, lse):
-    nll = lse - _pick(x, labels)
+def _values(logits, labels, w, label_smoothing, log_total, shift):
+    """The losses from shifted logits: their logsumexp is small, and so is its rounding, whatever the logits' offset."""
     weight = _select(w, labels)
-    loss = (1 - label_smoothing) * jnp.where(weight == 0, 0, weight * nll)  # a weight of 0 silences an infinite loss
+    loss = (1 - label_smoothing) * weight * _silence(_nll(logits, labels, log_total, shift), weight)
     if label_smoothing:
-        num_classes = x.shape[-1]
-        loss += label_smoothing / num_classes * (jnp.sum(w) * lse - jnp.sum(_rows(w, x) * x, -1))
-    in_range = (labels >= 0) & (labels < x.shape[-1])
-    return jnp.where(in_range, loss, jnp.nan), lse
+        shifted = logits.astype(w.dtype) - shift[..., None]
+        num_classes = shifted.shape[-1]
+        rows = _rows(w, shifted)
+        loss += label_smoothing / num_classes * (jnp.sum(w) * log_total - jnp.sum(rows * _silence(shifted, rows), -1))
+    in_range = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(in_range, loss, jnp.nan)
+
+
+def _nll(logits, labels, log_total, shift):
+    """−log softmax at the label. Gathered from the logits as they came, so that nothing wider is ever stored."""
+    at_label = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill", fill_value=0)[..., 0]
+    return log_total - (at_label.astype(log_total.dtype) - shift)
+
+
+def _silence(x, weight):
+    """`x`, but 0 for an infinity that a weight of 0 multiplies."""
+    return jnp.where((weight == 0) & jnp.isinf(x), 0, x)
 
 
 def _exponentials(x):
@@ -88,9 +106,12 @@ def _rows(w, x):
     return jnp.broadcast_to(w, x.shape)
 
 
-def _widen(logits, class_weights):
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    return logits.astype(dtype), class_weights.astype(dtype)
+def _widen(logits, labels, class_weights):
+    # Not promote_types: it refuses bfloat16 with float32 under strict dtype promotion.
+    dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+    # 1000 does not fit into int8, nor 256 into uint8: comparing labels with the number of classes would wrap around.
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    return logits.astype(dtype), labels, class_weights.astype(dtype)
 
 
 def _is_zero(tangent) -> bool:

@@ -1,0 +1,142 @@
+"""The oracle is `lax.conv_general_dilated` with JAX's own derivatives and batching, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from eqx_dynloss.convolution import conv3x3
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def reference(x, k):
+    flat = x.reshape(-1, *x.shape[-3:])
+    out = lax.conv_general_dilated(flat, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return out.reshape(*x.shape[:-1], k.shape[-1])
+
+
+def scalar(conv):
+    return lambda x, k: jnp.sum(jnp.tanh(conv(x, k)) ** 2)
+
+
+def gradient(conv):
+    return jax.grad(scalar(conv), (0, 1))
+
+
+def descend(conv, k, xs):
+    """Three steps of gradient descent on the kernel, in a scan."""
+
+    def step(k, x):
+        return k - 0.01 * jax.grad(scalar(conv), 1)(x, k), scalar(conv)(x, k)
+
+    return lax.scan(step, k, xs)
+
+
+# Each takes the convolution, images [5, 7, 6, 3] and a kernel [3, 3, 3, 4], and tangents of both.
+TRANSFORMS = {
+    "value": lambda c, x, k, dx, dk: c(x, k),
+    "one image": lambda c, x, k, dx, dk: c(x[0], k),
+    "grad": lambda c, x, k, dx, dk: gradient(c)(x, k),
+    "jvp": lambda c, x, k, dx, dk: jax.jvp(scalar(c), (x, k), (dx, dk)),
+    "jvp of grad": lambda c, x, k, dx, dk: jax.jvp(gradient(c), (x, k), (dx, dk)),
+    "grad of jvp": lambda c, x, k, dx, dk: jax.grad(
+        lambda x, k: jax.jvp(scalar(c), (x, k), (dx, dk))[1], argnums=(0, 1)
+    )(x, k),
+    "linearize of grad": lambda c, x, k, dx, dk: jax.linearize(gradient(c), x, k)[1](dx, dk),
+    "hessian": lambda c, x, k, dx, dk: jax.hessian(scalar(c), (0, 1))(x[:1, :3, :3], k),
+    "reverse over reverse": lambda c, x, k, dx, dk: jax.jacrev(jax.jacrev(scalar(c), 1), 0)(x[:1, :3, :3], k),
+    "jacfwd": lambda c, x, k, dx, dk: jax.jacfwd(c, (0, 1))(x[:1], k),
+    "jacrev": lambda c, x, k, dx, dk: jax.jacrev(c, (0, 1))(x[:1], k),
+    "scan": lambda c, x, k, dx, dk: descend(c, k, jnp.stack([x, dx, x + 1])),
+    "grad through scan": lambda c, x, k, dx, dk: jax.grad(
+        lambda k: jnp.sum(descend(c, k, jnp.stack([x, dx, x + 1]))[1])
+    )(k),
+    "remat": lambda c, x, k, dx, dk: jax.grad(jax.checkpoint(scalar(c)), (0, 1))(x, k),
+    "jit": lambda c, x, k, dx, dk: jax.jit(gradient(c))(x, k),
+    "vmap per image": lambda c, x, k, dx, dk: jax.vmap(lambda image: gradient(c)(image, k))(x),
+    "nested vmap": lambda c, x, k, dx, dk: jax.vmap(
+        lambda k: jax.vmap(lambda image: jax.grad(scalar(c), 1)(image, k))(x)
+    )(jnp.stack([k, dk])),
+    "vmap over other axes": lambda c, x, k, dx, dk: jax.vmap(c, (3, 2), 2)(
+        jnp.stack([x, dx], 3), jnp.stack([k, dk], 2)
+    ),
+    "empty batch": lambda c, x, k, dx, dk: jax.grad(lambda k: jnp.sum(c(x[:0], k)))(k) if c is conv3x3 else 0 * k,
+}
+
+
+def check(transform):
+    rng = np.random.default_rng(0)
+    args = [jnp.asarray(rng.normal(size=shape)) for shape in 2 * [(5, 7, 6, 3), (3, 3, 3, 4)]]
+    ours, theirs = transform(conv3x3, *args), transform(reference, *args)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_equals_xlas_convolution_under(transform):
+    check(transform)
+
+
+BATCHED = {
+    "value": lambda c: c,
+    "grad": gradient,
+    "hessian-vector product": lambda c: lambda x, k: jax.jvp(gradient(c), (x, k), (x, k)),
+    "linearize": lambda c: lambda x, k: jax.linearize(gradient(c), x, k)[1](x, k),
+}
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["images", "kernels", "both"])
+@pytest.mark.parametrize("function", BATCHED.values(), ids=BATCHED.keys())
+def test_equals_xlas_convolution_under_vmap(function, axes):
+    def transform(c, x, k, dx, dk):
+        args = [jnp.stack([a, b, a + 1]) if axis == 0 else a for a, b, axis in zip((x, k), (dx, dk), axes, strict=True)]
+        return jax.vmap(function(c), axes)(*args)
+
+    check(transform)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["images", "kernels", "both"])
+def test_gradient_of_vmap_equals_xlas(axes):
+    def transform(c, x, k, dx, dk):
+        args = [jnp.stack([a, b]) if axis == 0 else a for a, b, axis in zip((x, k), (dx, dk), axes, strict=True)]
+        return gradient(jax.vmap(c, axes))(*args)
+
+    check(transform)
+
+
+@pytest.mark.parametrize("num_images", [1, 4, 9])
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (64, 65), (2, 3)])
+def test_weight_gradient_in_chunks_equals_the_whole(num_images, size):
+    rng = np.random.default_rng(1)
+    x, k = jnp.asarray(rng.normal(size=(num_images, *size, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
+    ours, theirs = gradient(conv3x3)(x, k), gradient(reference)(x, k)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_keeps_the_dtype(dtype):
+    rng = np.random.default_rng(2)
+    x, k = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), dtype), jnp.asarray(rng.normal(size=(3, 3, 3, 4)), dtype)
+    out = conv3x3(x, k)
+    assert out.dtype == dtype
+    exact = reference(x.astype(float), k.astype(float))
+    np.testing.assert_allclose(out.astype(float), exact, atol=20 * float(jnp.finfo(dtype).eps), rtol=0.02)
+    assert [g.dtype for g in gradient(conv3x3)(x, k)] == [dtype, dtype]
+
+
+def test_members_never_make_a_grouped_convolution():
+    x, k = jnp.zeros((4, 2, 8, 8, 3)), jnp.zeros((4, 3, 3, 3, 5))
+    text = jax.jit(jax.vmap(gradient(conv3x3))).lower(x, k).as_text()
+    assert "convolution" in text
+    assert "feature_group_count = 1" in text or "feature_group_count" not in text
+    assert not any(f"group_count = {n}" in text for n in range(2, 100))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 4), (5, 5, 3, 4), (3, 3, 3)])
+def test_a_kernel_that_does_not_fit_is_an_error_that_says_so(shape):
+    with pytest.raises((ValueError, TypeError), match="kernel must|shape|type-check|Type-check"):
+        conv3x3(jnp.zeros((2, 8, 8, 3)), jnp.zeros(shape))

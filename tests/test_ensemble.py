@@ -1,0 +1,214 @@
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from eqx_dynloss import ensemble, train
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import MLP, Myrtle
+from eqx_dynloss.schedule import OscillatingWeights
+
+from .helpers import tree_allclose
+
+AMPLITUDES = np.array([1.0, 3.0, 10.0, 30.0, 70.0])
+PERIODS = np.array([4.0, 5.0, 6.0, 7.0, 3.0])
+RATES = jnp.array([0.1, 0.05, 0.2, 0.01, 0.1])
+OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
+
+
+def losses():
+    return DynamicalLoss(OscillatingWeights(3, AMPLITUDES, PERIODS, stop=15))
+
+
+def make_mlp(key):
+    return MLP(2, 16, 3, key=key)
+
+
+def make_myrtle(key):
+    return Myrtle(4, num_classes=3, key=key)
+
+
+def dataset(make_model, key):
+    labels = jnp.arange(24) % 3
+    if make_model is make_mlp:
+        return train.Dataset(jr.normal(key, (24, 2)) + jnp.stack([labels, -labels], 1).astype(float), labels)
+    return train.Dataset(jr.randint(key, (24, 8, 8, 3), 0, 256).astype(jnp.uint8), labels, to_float)
+
+
+def to_float(images):
+    return images.astype(jnp.float32) / 128 - 1
+
+
+def run(make_model, keys, data, *, block_size=None, chunks=(20,), rates=RATES, loss=None, **kwargs):
+    states = ensemble.init(make_model, OPTIMISER, keys, {"learning_rate": rates})
+    data = ensemble.replicate(data, states)
+    parts = []
+    for n in chunks:
+        states, metrics, _ = ensemble.train_chunk(
+            states, loss or losses(), OPTIMISER, data, num_steps=n, block_size=block_size, **kwargs
+        )
+        parts.append(metrics)
+    return states, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts)
+
+
+def member(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, tree)
+
+
+@pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
+@pytest.mark.parametrize("block_size", [1, 2, 5])
+def test_a_member_equals_that_member_trained_alone(make_model, block_size, getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_model, getkey())
+    states, metrics = run(make_model, keys, data, block_size=block_size, batch_size=7)
+    chunk = eqx.filter_jit(train.train_chunk)
+    for i in range(5):
+        loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDES[i], PERIODS[i], stop=15))
+        alone = train.init(make_model, OPTIMISER, keys[i], {"learning_rate": RATES[i]})
+        alone, expected = chunk(alone, loss, OPTIMISER, data, num_steps=20, batch_size=7)
+        assert tree_allclose(member(metrics, i), expected, rtol=1e-4, atol=1e-5)
+        assert tree_allclose(member(states.model, i), alone.model, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
+def test_with_blocks_of_one_a_member_is_bitwise_that_of_an_ensemble_of_one(make_model, getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_model, getkey())
+    states, metrics = run(make_model, keys, data, block_size=1, batch_size=7)
+    for i in (0, 3):
+        loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDES[i : i + 1], PERIODS[i : i + 1], stop=15))
+        one = slice(i, i + 1)
+        alone, expected = run(make_model, keys[one], data, block_size=1, batch_size=7, rates=RATES[one], loss=loss)
+        assert tree_allclose(member(metrics, one), expected, rtol=0, atol=0)
+        assert tree_allclose(member(states.model, one), alone.model, rtol=0, atol=0)
+
+
+def test_members_differ_in_seed_schedule_and_optimiser(getkey):
+    data = dataset(make_mlp, getkey())
+    same = jr.wrap_key_data(jnp.tile(jr.key_data(getkey()), (5, 1)))
+    states, metrics = run(make_mlp, same, data)
+    assert np.ptp(metrics.loss[:, 0]) < 1e-6  # the same parameters at the first step, where all weights are 1
+    assert len(np.unique(metrics.loss[:, -1])) == 5
+    assert tree_allclose(states.opt_state.hyperparams["learning_rate"], RATES)
+    _, others = run(make_mlp, jr.split(getkey(), 5), data)
+    assert len(np.unique(others.loss[:, 0])) == 5
+
+
+def test_a_whole_run_compiles_once(getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
+    states = ensemble.init(make_mlp, OPTIMISER, keys)
+    data = ensemble.replicate(data, states)
+    durations = []
+    try:
+        for i in range(4):
+            states, metrics, evaluated = ensemble.train_chunk(
+                states,
+                losses(),
+                OPTIMISER,
+                data,
+                num_steps=3,
+                batch_size=7,
+                evaluations={"train": (data, i % 2 == 1)},
+            )
+            jax.block_until_ready(metrics)
+            if i == 0:  # what is compiled from here on is counted
+                jax.monitoring.register_event_duration_secs_listener(
+                    lambda event, seconds, **_: durations.append(event) if "backend_compile" in event else None
+                )
+            assert np.isnan(np.asarray(evaluated["train"].loss)).all() == (i % 2 == 0)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not durations
+
+
+def test_evaluations_are_those_of_every_member(getkey):
+    keys, data, other = jr.split(getkey(), 5), dataset(make_mlp, getkey()), dataset(make_mlp, getkey())
+    states = ensemble.init(make_mlp, OPTIMISER, keys)
+    states, _, evaluated = ensemble.train_chunk(
+        states, losses(), OPTIMISER, data, num_steps=3, evaluations={"train": (data, True), "other": (other, True)}
+    )
+    for name, evaluation in (("train", data), ("other", other)):
+        for i in range(5):
+            expected = train.evaluate(member(states.model, i), evaluation)
+            assert tree_allclose(member(evaluated[name], i), expected)
+
+
+def test_a_member_that_diverges_is_frozen_flagged_and_disturbs_nobody(getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
+    states, metrics = run(make_mlp, keys, data, rates=RATES.at[2].set(1e30), block_size=5)
+    assert states.diverged.tolist() == [False, False, True, False, False]
+    at = int(states.step[2])
+    assert at < 20 and states.step.tolist() == [20, 20, at, 20, 20]
+    assert jnp.all(jnp.isnan(metrics.loss[2, at + 1 :])) and jnp.all(jnp.isfinite(metrics.loss[2, :at]))
+    leaves = jax.tree.leaves(eqx.filter(states.model, eqx.is_array))
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in leaves)
+    healthy, expected = run(make_mlp, keys, data, block_size=5)
+    others = np.array([0, 1, 3, 4])
+    assert tree_allclose(member(metrics, others), member(expected, others), rtol=0, atol=0)
+
+
+def test_chunks_of_an_ensemble_are_one_run(getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
+    one, expected = run(make_mlp, keys, data, batch_size=7)
+    cut, metrics = run(make_mlp, keys, data, batch_size=7, chunks=(5, 5, 5, 5))
+    assert tree_allclose(metrics, expected)
+    assert tree_allclose(cut.model, one.model)
+
+
+def test_the_old_states_are_donated(getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
+    states = ensemble.init(make_mlp, OPTIMISER, keys)
+    ensemble.train_chunk(states, losses(), OPTIMISER, data, num_steps=2)
+    assert states.model.layers[0].weight.is_deleted()
+    assert not data.inputs.is_deleted()
+
+
+def test_block_size_depends_on_the_model_on_a_cpu(getkey):
+    keys = jr.split(getkey(), 2)
+    assert ensemble.default_block_size(ensemble.init(make_mlp, OPTIMISER, keys).model) == 4
+    assert ensemble.default_block_size(ensemble.init(make_myrtle, OPTIMISER, keys).model) == 1
+
+
+def test_losses_without_a_member_axis_are_an_error(getkey):
+    states = ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), 5))
+    data = dataset(make_mlp, getkey())
+    with pytest.raises(ValueError, match="leading axis of 5 members"):
+        ensemble.train_chunk(states, DynamicalLoss(OscillatingWeights(3, 2.0, 5.0)), OPTIMISER, data, num_steps=2)
+
+
+SHARDED = """
+import jax, sys
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+import jax.numpy as jnp, jax.random as jr, numpy as np, optax
+from eqx_dynloss import ensemble, train
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import Myrtle
+from eqx_dynloss.schedule import OscillatingWeights
+optimiser = optax.sgd(0.05)
+losses = DynamicalLoss(OscillatingWeights(3, np.linspace(1, 9, 6), np.full(6, 5.0)))
+data = train.Dataset(jr.normal(jr.key(1), (24, 8, 8, 3)), jnp.arange(24) % 3)
+states = ensemble.init(lambda key: Myrtle(4, num_classes=3, key=key), optimiser, jr.split(jr.key(0), 6))
+data = ensemble.replicate(data, states)
+states, metrics, evaluated = ensemble.train_chunk(
+    states, losses, optimiser, data, num_steps=5, batch_size=8, evaluations={"train": (data, True)}
+)
+assert len(states.step.sharding.device_set) == int(sys.argv[2]), states.step.sharding
+np.savetxt(sys.stdout, np.concatenate([metrics.loss, evaluated["train"].loss[:, None]], 1))
+"""
+
+
+def test_members_spread_over_devices_equal_those_of_one_device():
+    def output(devices, used):
+        command = [sys.executable, "-c", SHARDED, str(devices), str(used)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return np.loadtxt(text.splitlines())
+
+    expected = output(1, 1)
+    assert expected.shape == (6, 6)
+    # To rounding: XLA may split a sum over as many threads as there are devices.
+    np.testing.assert_allclose(output(4, 3), expected, rtol=1e-5)  # of four devices three divide six members

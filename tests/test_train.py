@@ -1,0 +1,175 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from eqx_dynloss import train
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import MLP, Myrtle
+from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
+
+from .helpers import tree_allclose
+
+OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
+LOSS = DynamicalLoss(OscillatingWeights(3, 5.0, 4.0))
+
+
+def make_mlp(key):
+    return MLP(2, 16, 3, key=key)
+
+
+def blobs(key, n=30):
+    labels = jnp.arange(n) % 3
+    centres = jnp.array([[0.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    return train.Dataset(centres[labels] + 0.3 * jr.normal(key, (n, 2)), labels)
+
+
+def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
+    data = blobs(getkey())
+    state = train.init(make_mlp, OPTIMISER, getkey())
+    optimiser = optax.sgd(0.1, 0.9, nesterov=True)
+    model, opt_state = state.model, optimiser.init(eqx.filter(state.model, eqx.is_array))
+    for step in range(6):
+        weights = LOSS.schedule(step)
+
+        def objective(model, weights=weights):
+            logits = jax.vmap(model)(data.inputs)
+            return jnp.mean(weights[data.labels] * optax.softmax_cross_entropy_with_integer_labels(logits, data.labels))
+
+        value, grads = eqx.filter_value_and_grad(objective)(model)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        right = jnp.mean(jnp.argmax(jax.vmap(model)(data.inputs), -1) == data.labels)
+        model = eqx.apply_updates(model, updates)
+        state, metrics = eqx.filter_jit(train.train_step)(state, LOSS, OPTIMISER, data.inputs, data.labels)
+        assert tree_allclose(metrics.loss, value) and metrics.accuracy == right
+    assert tree_allclose(state.model, model)
+    assert state.step == 6 and not state.diverged
+
+
+@pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (7, 7, 6), (3, 16, 1)])
+@pytest.mark.parametrize("batch_size", [None, 4, 13, 30])
+def test_how_a_run_is_cut_into_chunks_does_not_matter(chunks, batch_size, getkey):
+    data = blobs(getkey())
+    start = train.init(make_mlp, OPTIMISER, getkey())
+    chunk = eqx.filter_jit(train.train_chunk)
+    whole, metrics = chunk(start, LOSS, OPTIMISER, data, num_steps=20, batch_size=batch_size)
+    state, parts = start, []
+    for n in chunks:
+        state, part = chunk(state, LOSS, OPTIMISER, data, num_steps=n, batch_size=batch_size)
+        parts.append(part)
+    assert tree_allclose(
+        eqx.filter((whole.model, whole.opt_state), eqx.is_array),
+        eqx.filter((state.model, state.opt_state), eqx.is_array),
+    )
+    assert tree_allclose(metrics, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
+    assert metrics.loss[-1] < metrics.loss[0]
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(30, 4), (30, 30), (7, 1), (50, 25)])
+def test_every_epoch_is_another_permutation_without_repeats(num_examples, batch_size, getkey):
+    per_epoch = num_examples // batch_size
+    order = train.minibatches(getkey(), jnp.array(0), 3 * per_epoch, num_examples, batch_size)
+    epochs = np.asarray(order).reshape(3, -1)
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == len(epoch) == per_epoch * batch_size
+        assert epoch.min() >= 0 and epoch.max() < num_examples
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("step, num_steps", [(0, 1), (6, 1), (6, 2), (3, 7), (5, 16), (41, 15)])
+def test_minibatches_are_the_same_from_wherever_they_are_asked_for(step, num_steps, getkey):
+    key = getkey()
+    whole = train.minibatches(key, jnp.array(0), 70, 30, 4)
+    part = train.minibatches(key, jnp.array(step), num_steps, 30, 4)
+    assert np.array_equal(part, whole[step : step + num_steps])
+
+
+@pytest.mark.parametrize("size", [1, 5, 30])
+def test_microbatches_give_the_same_update(size, getkey):
+    data = blobs(getkey())
+    state = train.init(make_mlp, OPTIMISER, getkey())
+    whole, expected = train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels)
+    parts, metrics = train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=size)
+    assert tree_allclose(parts.model, whole.model)
+    assert tree_allclose(metrics, expected)
+
+
+def test_microbatches_that_do_not_divide_the_batch_are_an_error(getkey):
+    data = blobs(getkey())
+    state = train.init(make_mlp, OPTIMISER, getkey())
+    with pytest.raises(ValueError, match="microbatch_size must divide the batch of 30, got 7"):
+        train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=7)
+
+
+@pytest.mark.parametrize("batch_size", [0, 31, -1])
+def test_a_batch_size_out_of_range_is_an_error(batch_size, getkey):
+    data = blobs(getkey())
+    state = train.init(make_mlp, OPTIMISER, getkey())
+    with pytest.raises(ValueError, match="batch_size must be between 1 and the number of examples, 30"):
+        train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=batch_size)
+
+
+def test_a_run_that_diverges_stops_at_its_last_finite_state_and_says_when(getkey):
+    data = blobs(getkey())
+    optimiser = optax.sgd(1e30)
+    state = train.init(make_mlp, optimiser, getkey())
+    states = [state]
+    for _ in range(10):
+        state, _ = eqx.filter_jit(train.train_step)(state, LOSS, optimiser, data.inputs, data.labels)
+        states.append(state)
+    assert state.diverged and int(state.step) < 10
+    assert tree_allclose(state.model, states[int(state.step)].model, rtol=0, atol=0)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
+    _, metrics = train.train_step(state, LOSS, optimiser, data.inputs, data.labels)
+    assert jnp.isnan(metrics.loss) and jnp.isnan(metrics.accuracy)
+
+
+def test_a_model_with_parts_that_are_not_arrays_trains(getkey):
+    data = blobs(getkey())
+    state = train.init(lambda key: eqx.nn.MLP(2, 3, 16, 1, key=key), OPTIMISER, getkey())
+    state, metrics = train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=30)
+    assert metrics.loss[-1] < 0.5 * metrics.loss[0]
+    assert jax.vmap(state.model)(data.inputs).shape == (30, 3)
+
+
+def test_images_are_stored_as_bytes_and_transformed_when_drawn(getkey):
+    images = jr.randint(getkey(), (12, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    labels = jnp.arange(12) % 10
+    loss, optimiser = DynamicalLoss(StaticWeights(jnp.ones(10))), optax.sgd(0.01)
+    state = train.init(lambda key: Myrtle(4, key=key), optimiser, getkey())
+    to_float = lambda x: x.astype(jnp.float32) / 255
+    as_bytes = train.Dataset(images, labels, to_float)
+    as_floats = train.Dataset(to_float(images), labels)
+    kwargs = {"num_steps": 3, "batch_size": 5}
+    one = eqx.filter_jit(train.train_chunk)(state, loss, optimiser, as_bytes, **kwargs)
+    other = eqx.filter_jit(train.train_chunk)(state, loss, optimiser, as_floats, **kwargs)
+    assert tree_allclose(one[1], other[1])
+    assert tree_allclose(train.evaluate(one[0].model, as_bytes), train.evaluate(other[0].model, as_floats))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 256])
+def test_evaluation_is_the_plain_mean_over_all_examples(batch_size, getkey):
+    data = blobs(getkey())
+    model = make_mlp(getkey())
+    logits = jax.vmap(model)(data.inputs)
+    metrics = train.evaluate(model, data, batch_size=batch_size)
+    expected = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.labels))
+    assert tree_allclose(metrics.loss, expected)
+    assert metrics.accuracy == jnp.mean(jnp.argmax(logits, -1) == data.labels)
+
+
+def test_hyperparameters_are_set_by_name_and_unknown_ones_are_an_error(getkey):
+    state = train.init(make_mlp, OPTIMISER, getkey(), {"learning_rate": jnp.array(0.25)})
+    assert state.opt_state.hyperparams["learning_rate"] == 0.25
+    with pytest.raises(ValueError, match="no hyperparameter momentum.*are: learning_rate"):
+        train.init(make_mlp, OPTIMISER, getkey(), {"momentum": jnp.array(0.5)})
+    with pytest.raises(ValueError, match="no hyperparameter learning_rate.*are: none"):
+        train.init(make_mlp, optax.sgd(0.1), getkey(), {"learning_rate": jnp.array(0.5)})
+
+
+def test_inputs_and_labels_of_different_number_are_an_error():
+    with pytest.raises(Exception, match="30|examples"):
+        train.Dataset(jnp.zeros((30, 2)), jnp.zeros(29, int))
