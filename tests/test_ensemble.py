@@ -118,12 +118,14 @@ def test_a_whole_run_compiles_once(getkey):
             jax.block_until_ready(metrics)
             if i == 0:  # what is compiled from here on is counted
                 jax.monitoring.register_event_duration_secs_listener(
-                    lambda event, seconds, **_: durations.append(event) if "backend_compile" in event else None
+                    lambda event, duration_secs, **_: durations.append(event) if "backend_compile" in event else None
                 )
             assert np.isnan(np.asarray(evaluated["train"].loss)).all() == (i % 2 == 0)
+        assert not durations
+        ensemble.train_chunk(states, losses(), OPTIMISER, data, num_steps=4)
+        assert durations  # the counter counts
     finally:
         jax.monitoring.clear_event_listeners()
-    assert not durations
 
 
 def test_evaluations_are_those_of_every_member(getkey):
