@@ -1,12 +1,16 @@
 """What the experiment commands share: exit codes, devices, the run's directory, and the training loop."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +28,7 @@ from eqx_dynloss.train import Dataset, Metrics, TrainState
 from ._data import DataError
 from ._results import file_name
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
 
 class UsageError(Exception):
@@ -39,16 +43,20 @@ def run(command: Callable[[], bool]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("\nInterrupted before any training: there is nothing to keep.", file=sys.stderr)
+        print("\nInterrupted: nothing more will be written.", file=sys.stderr)
         code = 130
     sys.exit(code)
 
 
 def use_all_cores() -> None:
-    """One device per CPU core, which is how JAX trains an ensemble fastest there. Respects XLA_FLAGS, if set."""
+    """One device per CPU core, which is how JAX trains an ensemble fastest there. Respects XLA_FLAGS, if set.
+
+    Does nothing where JAX is already running, as in a notebook: the number of devices is then settled.
+    """
     if "XLA_FLAGS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", cores)
 
 
 def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
@@ -71,7 +79,8 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
 
 def chunk_length(num_steps: int, target: float) -> int:
     """The divisor of `num_steps` nearest to `target` (in ratio): chunks of equal length are one compilation."""
-    divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
+    small = [n for n in range(1, math.isqrt(num_steps) + 1) if num_steps % n == 0]
+    divisors = [*small, *(num_steps // n for n in small)]
     return min(divisors, key=lambda n: abs(np.log(n / max(target, 1))))
 
 
@@ -105,7 +114,8 @@ def train(
     """Trains an ensemble chunk by chunk with a progress bar, and evaluates it on the way.
 
     The split "validation" is evaluated `num_evaluations` times, evenly spread, and every other split once, at the end.
-    On Ctrl-C the training stops after the running chunk, and what it measured so far is returned.
+    On Ctrl-C the training stops after the running chunk, and on a second one at once; what it measured so far is
+    returned.
     """
     num_chunks = num_steps // chunk
     diverged_at = np.full(len(states.step), -1)
@@ -115,8 +125,11 @@ def train(
     images = len(states.step) * (batch_size or len(data))
     with _progress() as progress:
         task = progress.add_task("compiling", total=num_steps)
-        try:
+        stopping = lambda: progress.update(task, description="stopping after this chunk (Ctrl-C again: at once)")
+        with contextlib.suppress(KeyboardInterrupt), _first_ctrl_c(stopping) as asked_to_stop:
             for i in range(num_chunks):
+                if asked_to_stop.is_set():
+                    break
                 last = i == num_chunks - 1
                 due = (i + 1) * num_evaluations // num_chunks > i * num_evaluations // num_chunks
                 states, metrics, results = ensemble.train_chunk(
@@ -141,8 +154,6 @@ def train(
                 if due and not console.is_terminal:
                     elapsed = time.perf_counter() - started
                     console.print(f"update {(i + 1) * chunk:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
-        except KeyboardInterrupt:
-            pass
     if not minibatch:
         raise KeyboardInterrupt
     empty = Metrics(*(np.zeros((len(diverged_at), 0), np.float32) for _ in range(2)))
@@ -157,8 +168,35 @@ def train(
         },
         diverged_at=diverged_at,
         finished=len(minibatch) == num_chunks,
-        steps_per_second=(len(minibatch) - 1) * chunk / (time.perf_counter() - compiled) if num_chunks > 1 else np.nan,
+        steps_per_second=(len(minibatch) - 1) * chunk / (time.perf_counter() - compiled)
+        if len(minibatch) > 1
+        else np.nan,
     )
+
+
+@contextlib.contextmanager
+def _first_ctrl_c(told: Callable[[], None]) -> Iterator[threading.Event]:
+    """Makes the first Ctrl-C set an event, and only the next one raise.
+
+    A KeyboardInterrupt that hits Python inside one of JAX's callbacks from the garbage collector is printed and lost.
+    """
+    event = threading.Event()
+
+    def handle(*_):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        told()
+
+    usual = signal.getsignal(signal.SIGINT)
+    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 def _progress() -> Progress:

@@ -34,7 +34,10 @@ from ._run import UsageError, console
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CPU_FLOPS = 60e9  # what a pair of CPU cores was seen to sustain; only for the estimate of the time and the chunks
-_HELP_UNSET = tyro.conf.arg(help_behavior_hint="(default: the preset's)")
+
+
+def _of_preset(metavar: str):
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,38 +74,44 @@ class Config:
 
     seeds: int = 8
     """Members per loss. Member s of every loss has the same initial weights and order of examples."""
-    amplitude: Annotated[tuple[float, ...] | None, _HELP_UNSET] = None
+    amplitude: Annotated[tuple[float, ...] | None, _of_preset("FLOAT [FLOAT ...]")] = None
     """One or more amplitudes A >= 1 of the dynamical loss. The static loss, A = 1, is always trained."""
-    period: Annotated[tuple[str, ...] | None, _HELP_UNSET] = None
+    period: Annotated[tuple[str, ...] | None, _of_preset("PERIOD [PERIOD ...]")] = None
     """One or more periods T of one class, in optimiser steps (250), or in epochs (0.5ep)."""
-    stop_epoch: Annotated[float | None, tyro.conf.arg(help_behavior_hint="(default: 6/7 of the epochs)")] = None
+    stop_epoch: Annotated[
+        float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 6/7 of the epochs)")
+    ] = None
     """The epoch at which the oscillation stops for good."""
-    width: Annotated[int | None, _HELP_UNSET] = None
+    width: Annotated[int | None, _of_preset("INT")] = None
     """Channels of the convolutions."""
-    epochs: Annotated[int | None, _HELP_UNSET] = None
+    epochs: Annotated[int | None, _of_preset("INT")] = None
     """Passes over the training set."""
-    batch_size: Annotated[int | None, _HELP_UNSET] = None
+    batch_size: Annotated[int | None, _of_preset("INT")] = None
     """Examples in a minibatch."""
-    learning_rate: Annotated[float | None, _HELP_UNSET] = None
+    learning_rate: Annotated[float | None, _of_preset("FLOAT")] = None
     """The learning rate at its peak."""
     momentum: float = 0.9
     """Nesterov momentum."""
-    train_examples: Annotated[int | None, _HELP_UNSET] = None
+    train_examples: Annotated[int | None, _of_preset("INT")] = None
     """Train on the first so many examples only."""
-    validation_examples: Annotated[int | None, _HELP_UNSET] = None
+    validation_examples: Annotated[int | None, _of_preset("INT")] = None
     """Validate on the first so many examples only."""
-    evaluations: Annotated[int | None, _HELP_UNSET] = None
+    evaluations: Annotated[int | None, _of_preset("INT")] = None
     """How often the validation set is evaluated during training."""
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     """auto falls back to scikit-learn's digits, loudly, when CIFAR-10 is neither on disk nor reachable."""
     data_dir: Annotated[
-        Path | None, tyro.conf.arg(help_behavior_hint="(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"),
     ] = None
     """The tensorflow-datasets directory. CIFAR-10 is prepared there if it is not yet."""
-    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: results/cifar-DATASET-TIME)")] = None
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: results/cifar-DATASET-TIME)")
+    ] = None
     """A new or empty directory for the results."""
     preset: Annotated[
-        Literal["paper", "quick"] | None, tyro.conf.arg(help_behavior_hint="(default: quick on a CPU, else paper)")
+        Literal["paper", "quick"] | None,
+        tyro.conf.arg(metavar="{paper,quick}", help_behavior_hint="(default: quick on a CPU, else paper)"),
     ] = None
     """paper is the paper's protocol in full; quick takes about two minutes for eight seeds on two CPU cores."""
 
@@ -145,7 +154,7 @@ def main(arguments: list[str] | None = None) -> bool:
     periods = [parse_period(text, steps_per_epoch) for text in preset.period]
     try:
         conditions = _results.conditions(preset.amplitude, periods)
-        amplitudes, conditions_periods = zip(*((A, T or 1.0) for A, T in conditions), strict=True)
+        amplitudes, conditions_periods = zip(*((A, 1.0 if T is None else T) for A, T in conditions), strict=True)
         schedules = OscillatingWeights(10, np.array(amplitudes), np.array(conditions_periods), stop=stop)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -177,7 +186,9 @@ def main(arguments: list[str] | None = None) -> bool:
         train_data,
         {"train": train_data, "validation": validation_data},
         num_steps=num_steps,
-        chunk=_run.chunk_length(num_steps, 2 * CPU_FLOPS / work if on_cpu else steps_per_epoch),
+        chunk=_run.chunk_length(
+            num_steps, min(2 * CPU_FLOPS / work if on_cpu else steps_per_epoch, num_steps / preset.evaluations)
+        ),
         batch_size=preset.batch_size,
         microbatch_size=math.gcd(preset.batch_size, 8) if on_cpu else None,
         num_evaluations=preset.evaluations,
@@ -220,6 +231,8 @@ def parse_period(text: str, steps_per_epoch: int) -> float:
         number = float(match[1] if match else text)
     except ValueError:
         raise UsageError(f"{text!r} is not a period: give optimiser steps (250) or epochs (0.5ep).") from None
+    if not 0 < number < math.inf:
+        raise UsageError(f"--period must be a positive number of steps or epochs, got {text}.")
     return number * steps_per_epoch if match and match[2] else number
 
 
@@ -240,15 +253,21 @@ def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.Gra
 
 
 def flops_per_image(width: int) -> float:
-    """Floating-point operations of a forward and backward pass of Myrtle on one image: three times the forward pass."""
-    return 3 * 2 * 9 * (1024 * (3 * width + width**2) + 256 * width**2 + 64 * width**2)
+    """Floating-point operations of a forward and backward pass of Myrtle on one image.
+
+    Three times the forward pass, but for the first convolution, whose input needs no gradient.
+    """
+    return 2 * 9 * (2 * 1024 * 3 * width + 3 * (1024 + 256 + 64) * width**2)
 
 
 def datasets(images: _data.ImageData, preset: Preset) -> tuple[Dataset, Dataset]:
     """The training and validation sets, as uint8; their transform standardises with the training set's statistics."""
     train, validation = slice(preset.train_examples), slice(preset.validation_examples)
     pixels = images.train_images[train]
-    standardise = Standardise(jnp.asarray(pixels.mean((0, 1, 2)), float), jnp.asarray(pixels.std((0, 1, 2)), float))
+    mean = pixels.mean((0, 1, 2))
+    squares = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.int64)  # exact, and no copy of the images in float64
+    std = np.sqrt(squares / pixels[..., 0].size - mean**2)
+    standardise = Standardise(jnp.asarray(mean, float), jnp.asarray(std, float))
     return (
         Dataset(jnp.asarray(pixels), jnp.asarray(images.train_labels[train]), standardise),
         Dataset(
@@ -271,7 +290,10 @@ def report(results: xr.Dataset, directory: Path) -> None:
     for condition in summary.conditions:
         if condition.evidence:
             console.print(condition.evidence)
-    console.print(f"{results.attrs['images_per_second']:,.0f} images/s. Results, summary and figures: {directory}")
+    speed = results.attrs["images_per_second"]
+    console.print(
+        (f"{speed:,.0f} images/s. " if math.isfinite(speed) else "") + f"Results, summary and figures: {directory}"
+    )
 
 
 def _check(config: Config, preset: Preset) -> None:
@@ -286,8 +308,11 @@ def _check(config: Config, preset: Preset) -> None:
         raise UsageError(f"--learning-rate must be a positive number, got {preset.learning_rate}.")
     if not 0 <= config.momentum < 1:
         raise UsageError(f"--momentum must be at least 0 and below 1, got {config.momentum}.")
-    if config.stop_epoch is not None and not config.stop_epoch >= 0:
-        raise UsageError(f"--stop-epoch must be 0 or later, got {config.stop_epoch}.")
+    for amplitude in preset.amplitude:
+        if not 1 <= amplitude < math.inf:
+            raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
+    if config.stop_epoch is not None and not 0 <= config.stop_epoch < math.inf:
+        raise UsageError(f"--stop-epoch must be a finite number of epochs, 0 or more, got {config.stop_epoch}.")
 
 
 def _report(message: str) -> None:
@@ -298,7 +323,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 10 else "a few seconds"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def test_the_wheel_holds_exactly_the_two_packages(wheel):
         for path in folder.rglob("*.py")
     }
     assert modules == expected
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

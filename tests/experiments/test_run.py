@@ -1,7 +1,10 @@
 """What the commands share: exit codes, devices, directories, chunks, and the loop, on an ensemble of tiny networks."""
 
+import concurrent.futures
+import functools as ft
 import json
 import os
+import signal
 import time
 
 import equinox as eqx
@@ -25,10 +28,20 @@ MEMBERS = 3
 OPTIMISER = optax.sgd(0.1)  # one object, so that all tests share one compilation per chunk length
 
 
+@ft.cache
+def compiled_states():
+    return ensemble.init(lambda key: MLP(2, 3, 2, key=key), OPTIMISER, jr.split(jr.key(0), MEMBERS))
+
+
+def initial_states():
+    """A fresh copy every time, since training takes the memory of its states."""
+    states = compiled_states()
+    return jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, states)
+
+
 def train(num_steps, chunk, num_evaluations, **replaced):
     """Trains three members on twelve points and returns the history."""
-    keys = jr.split(jr.key(0), MEMBERS)
-    states = ensemble.init(lambda key: MLP(2, 3, 2, key=key), OPTIMISER, keys)
+    states = initial_states()
     schedules = OscillatingWeights(2, np.full(MEMBERS, 5.0), np.full(MEMBERS, 3.0))
     points = jr.normal(jr.key(1), (12, 2))
     data = Dataset(points, (points[:, 0] > 0).astype(int))
@@ -119,6 +132,33 @@ def test_an_interrupted_run_keeps_the_chunks_that_were_done(chunks, evaluated, m
     assert np.isnan(history.steps_per_second) if chunks == 1 else history.steps_per_second > 0
 
 
+@pytest.mark.parametrize("presses, kept", [(1, 3), (2, 2)])
+def test_ctrl_c_stops_after_the_running_chunk_and_twice_at_once(presses, kept, monkeypatch):
+    """As often as wanted while the third chunk is running."""
+    real, calls = ensemble.train_chunk, []
+
+    def train_chunk(*args, **kwargs):
+        calls.append(None)
+        for _ in range(presses if len(calls) == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ensemble, "train_chunk", train_chunk)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        history = train(7, 1, 7)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert history.minibatch.loss.shape == (MEMBERS, kept) and not history.finished
+    assert history.evaluation_steps == list(range(1, kept + 1))
+
+
+def test_the_loop_runs_outside_the_main_thread(monkeypatch):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, 7, 1, 1).result().finished
+
+
 def test_an_interruption_before_the_first_chunk_is_passed_on(monkeypatch):
     interrupt_after(0, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -126,8 +166,7 @@ def test_an_interruption_before_the_first_chunk_is_passed_on(monkeypatch):
 
 
 def test_a_diverged_member_is_recorded_and_left_out_of_the_progress(capsys):
-    keys = jr.split(jr.key(0), MEMBERS)
-    states = ensemble.init(lambda key: MLP(2, 3, 2, key=key), OPTIMISER, keys)
+    states = initial_states()
     bias = lambda states: states.model.layers[0].bias
     states = eqx.tree_at(bias, states, bias(states).at[1].set(jnp.inf))
     states = jax.device_put(states, states.step.sharding)
