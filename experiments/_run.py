@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqx_dynloss import ensemble
 from eqx_dynloss.loss import DynamicalLoss
@@ -62,19 +62,24 @@ def use_all_cores() -> None:
 def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
     """Makes the directory of a run, `results/LABEL-DATASET-TIME` if none is given, and writes its `config.json`.
 
-    A directory that holds anything is refused.
+    Raises a `UsageError` if it cannot be written to, or holds a run already.
     """
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = out or Path("results") / f"{label}-{dataset}-{stamp}"
     try:
+        refuse_used(path)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UsageError(f"{path} is not empty: pass a new directory with --out, so that no results are lost.")
         text = json.dumps(dict(config), indent=2, default=str)
         (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write to {path} ({error.strerror}): pass another directory with --out.") from error
     return path
+
+
+def refuse_used(out: Path | None) -> None:
+    """Raises a `UsageError` if the directory holds more than the configuration of a run that never started."""
+    if out is not None and out.is_dir() and any(not path.name.endswith("config.json") for path in out.iterdir()):
+        raise UsageError(f"{out} is not empty: pass a new directory with --out, so that no results are lost.")
 
 
 def chunk_length(num_steps: int, target: float) -> int:
@@ -201,12 +206,11 @@ def _first_ctrl_c(told: Callable[[], None]) -> Iterator[threading.Event]:
 
 def _progress() -> Progress:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
+        TextColumn("{task.description}"),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 

@@ -281,6 +281,8 @@ def test_the_default_directory_names_the_command_and_the_dataset(tmp_path, monke
 
 def test_an_empty_directory_is_taken_and_a_full_one_refused(tmp_path):
     _run.new_directory(tmp_path, "cifar", "digits", {})
+    _run.new_directory(tmp_path, "cifar", "digits", {})  # the first run never started: there is nothing to lose
+    (tmp_path / "digits_results.nc").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(UsageError, match="is not empty.*--out"):
         _run.new_directory(tmp_path, "cifar", "digits", {})
