@@ -51,11 +51,19 @@ def init(
     num_devices = max(n for n in range(1, len(devices) + 1) if num_members % n == 0)
     mesh = Mesh(devices[:num_devices], (_AXIS,))
 
-    @eqx.filter_jit
-    def create(keys, hyperparams):
-        return _map_members(lambda key, hyper: train.init(make_model, optimiser, key, hyper), 1)(keys, hyperparams)
+    values = {name: jnp.asarray(value) for name, value in (hyperparams or {}).items()}
+    for name, value in values.items():
+        if value.shape != (num_members,):
+            raise ValueError(
+                f"hyperparameter {name} must hold one value for each of the {num_members} members, "
+                f"got shape {value.shape}."
+            )
 
-    states = create(keys, {name: jnp.asarray(value) for name, value in (hyperparams or {}).items()})
+    @eqx.filter_jit
+    def create(keys, values):
+        return _map_members(lambda key, value: train.init(make_model, optimiser, key, value), 1)(keys, values)
+
+    states = create(keys, values)
     return _place(states, NamedSharding(mesh, P(_AXIS)))
 
 
@@ -105,6 +113,8 @@ def train_chunk(
     flags = {name: jnp.asarray(flag) for name, (_, flag) in evaluations.items()}
     if block_size is None:
         block_size = default_block_size(states.model)
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}.")
     train_member = jax.tree_util.Partial(
         train.train_chunk,
         optimiser=optimiser,

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from ._results import dataset_title
 
@@ -61,6 +61,11 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
 
     top.set_ylabel("validation accuracy (%)")
     bottom.set_yscale("log" if dataset.sizes["step"] else "linear")  # a log axis cannot be empty
+    low, high = bottom.get_ylim()
+    if low > 0 and high < 10 * low:  # within a decade: plain numbers, evenly spaced
+        bottom.yaxis.set_major_locator(MaxNLocator(6))
+        bottom.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bottom.yaxis.set_minor_locator(NullLocator())
     if not dataset.sizes["evaluation_step"]:
         top.text(0.5, 0.5, "not evaluated yet", transform=top.transAxes, ha="center")
         top.set_yticks([])

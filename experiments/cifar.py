@@ -132,7 +132,8 @@ class Standardise(eqx.Module):
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.cifar", description=Config.__doc__)
+    description = f"{Config.__doc__}\n\n" + "\n".join(_flags(name, preset) for name, preset in PRESETS.items())
+    config = tyro.cli(Config, args=arguments, prog="python -m experiments.cifar", description=description)
     _run.use_all_cores()
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -327,6 +328,13 @@ def _check(config: Config, preset: Preset) -> None:
             raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
     if config.stop_epoch is not None and not 0 <= config.stop_epoch < math.inf:
         raise UsageError(f"--stop-epoch must be a finite number of epochs, 0 or more, got {config.stop_epoch}.")
+
+
+def _flags(name: str, preset: Preset) -> str:
+    """A preset in the words of the command line."""
+    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(preset).items()}
+    flags = (f"--{k.replace('_', '-')} {'all' if v is None else v}" for k, v in values.items())
+    return f"Preset {name}: {' '.join(flags)}."
 
 
 def _report(message: str) -> None:

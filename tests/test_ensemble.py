@@ -183,6 +183,17 @@ def test_losses_without_a_member_axis_are_an_error(getkey):
         ensemble.train_chunk(states, DynamicalLoss(OscillatingWeights(3, 2.0, 5.0)), OPTIMISER, data, num_steps=2)
 
 
+@pytest.mark.parametrize("value", [jnp.ones(4), jnp.ones(()), jnp.ones((5, 1))])
+def test_hyperparameters_without_one_value_per_member_are_an_error(value, getkey):
+    with pytest.raises(ValueError, match="learning_rate must hold one value for each of the 5 members"):
+        ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), 5), {"learning_rate": value})
+
+
+def test_a_block_size_below_one_is_an_error(getkey):
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        run(make_mlp, jr.split(getkey(), 5), dataset(make_mlp, getkey()), block_size=0)
+
+
 SHARDED = """
 import jax, sys
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
