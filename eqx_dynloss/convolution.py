@@ -16,7 +16,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -46,7 +45,7 @@ def conv3x3(
             f"got {kernel.shape}."
         )
     flat = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
-    return _conv_p.bind(flat, kernel).reshape(*images.shape[:-1], kernel.shape[-1])
+    return _conv_p.bind(*_vary_alike(flat, kernel)).reshape(*images.shape[:-1], kernel.shape[-1])
 
 
 _plain = ft.partial(
@@ -76,17 +75,23 @@ def _weight_grad_chunked(x, dy):
     """The same, summed over chunks of images."""
     num_images = x.shape[0]
     chunk = max(1, min(num_images, _PIXELS_PER_CHUNK // (x.shape[1] * x.shape[2])))
-    full = num_images // chunk * chunk
-    shape = (3, 3, x.shape[-1], dy.shape[-1])
-
-    def add(total, part):
-        return total + _weight_grad(*part), None
+    num_chunks = num_images // chunk if num_images else 0
+    if num_chunks < 2:
+        return _weight_grad(x, dy)
+    first = chunk + num_images % chunk  # what is left over goes with the first chunk
 
     def split(a):
-        return a[:full].reshape(-1, chunk, *a.shape[1:])
+        return a[first:].reshape(num_chunks - 1, chunk, *a.shape[1:])
 
-    total, _ = lax.scan(add, jnp.zeros(shape, x.dtype), (split(x), split(dy)))
-    return total if full == num_images else total + _weight_grad(x[full:], dy[full:])
+    total = _weight_grad(x[:first], dy[:first])
+    return lax.scan(lambda total, part: (total + _weight_grad(*part), None), total, (split(x), split(dy)))[0]
+
+
+def _vary_alike(*operands):
+    """Inside `shard_map`, marks all operands as varying over the mesh axes that any of them varies over."""
+    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(v, axes, to="varying") if axes else v for v, axes in zip(operands, missing, strict=True)]
 
 
 def _primitive(name, function, cpu_function, free_axes, output_axes):
@@ -101,7 +106,7 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
     @primitive.def_abstract_eval
     def _(a, b):
         out = jax.eval_shape(function, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (a, b)))
-        return ShapedArray(out.shape, out.dtype)
+        return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
     def batch(operands, axes):
         operands = [v if axis is None else jnp.moveaxis(v, axis, 0) for v, axis in zip(operands, axes, strict=True)]

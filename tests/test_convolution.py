@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from eqx_dynloss.convolution import conv3x3
 
@@ -62,6 +64,14 @@ TRANSFORMS = {
     "vmap over other axes": lambda c, x, k, dx, dk: jax.vmap(c, (3, 2), 2)(
         jnp.stack([x, dx], 3), jnp.stack([k, dk], 2)
     ),
+    "shard_map": lambda c, x, k, dx, dk: jax.jit(
+        jax.shard_map(
+            lambda x, k: (gradient(c)(x, k)[0], descend(c, k, x[None])),
+            mesh=Mesh(jax.devices()[:1], ("data",)),
+            in_specs=(P("data"), P()),
+            out_specs=(P("data"), (P(), P("data"))),
+        )
+    )(x, k),
     "empty batch": lambda c, x, k, dx, dk: jax.grad(lambda k: jnp.sum(c(x[:0], k)))(k) if c is conv3x3 else 0 * k,
 }
 
