@@ -68,7 +68,14 @@ def _input_grad(dy, k):
 
 def _weight_grad(x, dy):
     """[N,H,W,I], [N,H,W,O] → [3,3,I,O]: channels play the part of the batch, and the batch that of the channels."""
-    return _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)).transpose(1, 2, 0, 3)
+    return _wide_weight_grad(x, dy).astype(x.dtype)
+
+
+def _wide_weight_grad(x, dy):
+    """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
+    dtype = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=dtype)
+    return dw.transpose(1, 2, 0, 3)
 
 
 def _weight_grad_chunked(x, dy):
@@ -83,8 +90,9 @@ def _weight_grad_chunked(x, dy):
     def split(a):
         return a[first:].reshape(num_chunks - 1, chunk, *a.shape[1:])
 
-    total = _weight_grad(x[:first], dy[:first])
-    return lax.scan(lambda total, part: (total + _weight_grad(*part), None), total, (split(x), split(dy)))[0]
+    total = _wide_weight_grad(x[:first], dy[:first])
+    parts = (split(x), split(dy))
+    return lax.scan(lambda total, part: (total + _wide_weight_grad(*part), None), total, parts)[0].astype(x.dtype)
 
 
 def _vary_alike(*operands):
@@ -115,21 +123,17 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
         which = int(axes[0] is None)
         free, output = free_axes[which], output_axes[which]
         batched = operands[which]
-        size = batched.shape[0]
+        size, *shape = batched.shape
         # [B, …, F, …] → […, B·F, …], and back in the output
-        operands[which] = jnp.moveaxis(batched, 0, free).reshape(_merged(batched.shape[1:], free, size))
+        operands[which] = jnp.moveaxis(batched, 0, free).reshape(*shape[:free], size * shape[free], *shape[free + 1 :])
         out = primitive.bind(*operands)
-        split = (*out.shape[:output], size, out.shape[output] // size, *out.shape[output + 1 :])
+        split = (*out.shape[:output], size, shape[free], *out.shape[output + 1 :])
         return out.reshape(split), output
 
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(cpu_function, multiple_results=False), platform="cpu")
     return primitive
-
-
-def _merged(shape, axis, size):
-    return (*shape[:axis], size * shape[axis], *shape[axis + 1 :])
 
 
 _conv_p = _primitive("conv3x3", _conv, _conv, free_axes=(0, 3), output_axes=(0, 3))

@@ -59,7 +59,7 @@ def init(
                 f"got shape {value.shape}."
             )
 
-    @eqx.filter_jit
+    @eqx.filter_jit  # one after another, so that a member does not depend on how many others there are
     def create(keys, values):
         return _map_members(lambda key, value: train.init(make_model, optimiser, key, value), 1)(keys, values)
 
@@ -86,7 +86,8 @@ def train_chunk(
 ) -> tuple[TrainState, Metrics, dict[str, Metrics]]:
     """`num_steps` updates of every member, then evaluations. Calls that differ only in arrays share one compilation.
 
-    The memory of `states` is reused: the old value is gone after the call.
+    The memory of `states` is reused: the old value is gone after the call. Functions (the optimiser, a data set's
+    transform, a base loss) are compared by identity: make them once, or every call compiles again.
 
     **Arguments:**
 
@@ -112,7 +113,7 @@ def train_chunk(
     sets = {name: evaluated for name, (evaluated, _) in evaluations.items()}
     flags = {name: jnp.asarray(flag) for name, (_, flag) in evaluations.items()}
     if block_size is None:
-        block_size = default_block_size(states.model)
+        block_size = default_block_size(states.model, _mesh(states).devices.flat[0].platform)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}.")
     train_member = jax.tree_util.Partial(
@@ -125,16 +126,16 @@ def train_chunk(
     return _train_chunk((losses, data, sets, flags, train_member, block_size, _mesh(states)), states)
 
 
-def default_block_size(model: PyTree) -> int:
-    """How many members a device runs side by side, from the platform and the (stacked) model.
+def default_block_size(model: PyTree, platform: str) -> int:
+    """How many members a device runs side by side, from the (stacked) model and the platform.
 
-    On an accelerator all of them, for it has room. On a CPU 4 for fully connected models, which fills the vector units
-    and stays in the cache, and 1 for convolutions, which fill a core by themselves and would only need more memory.
+    One for models with convolutions: a batch fills the device by itself, and `conv3x3` runs one kernel after another,
+    so that more members would only need more memory. For others 4 on a CPU, which fills the vector units and stays in
+    the cache, and all on an accelerator. Measured on a CPU; on accelerators a guess of ours.
     """
-    if jax.default_backend() != "cpu":
-        return 2**31
-    has_kernels = any(leaf.ndim > 3 for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
-    return 1 if has_kernels else 4
+    if any(leaf.ndim > 3 for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))):
+        return 1
+    return 4 if platform == "cpu" else 2**31
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -175,18 +176,18 @@ def _map_members(function, block_size: int):
 
         return mapped
 
-    return _filter(transform, function)
+    return _on_arrays(transform, function)
 
 
 def _shard_members(function, mesh: Mesh, in_specs):
     """Runs a function of PyTrees on every device with its own members; there is nothing to communicate."""
-    return _filter(
+    return _on_arrays(
         lambda on_arrays: jax.shard_map(on_arrays, mesh=mesh, in_specs=in_specs, out_specs=P(_AXIS), check_vma=False),
         function,
     )
 
 
-def _filter(transform, function):
+def _on_arrays(transform, function):
     """Applies a transformation of functions of arrays to a function of PyTrees that also hold other things."""
 
     def filtered(*trees):

@@ -61,7 +61,7 @@ def init(
     **Arguments:**
 
     - `make_model`: a function of a key that gives an Equinox model of one example.
-    - `optimiser`: any optax optimiser.
+    - `optimiser`: any optax optimiser that needs no more than gradients, parameters and the value of the loss.
     - `key`: decides both the initial parameters and the order of the examples.
     - `hyperparams`: values for hyperparameters of an optimiser made with `optax.inject_hyperparams`, by name.
     """
@@ -70,13 +70,24 @@ def init(
     opt_state: Any = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     if hyperparams:
         injected = getattr(opt_state, "hyperparams", {})
+        scheduled = sorted(set(hyperparams) & set(getattr(opt_state, "hyperparams_states", {})))
+        if scheduled:
+            raise ValueError(
+                f"the optimiser sets {', '.join(scheduled)} by a schedule of its own, which would overwrite a value: "
+                "inject a number that scales the schedule instead."
+            )
         unknown = sorted(set(hyperparams) - set(injected))
         if unknown:
             raise ValueError(
                 f"the optimiser has no hyperparameter {', '.join(unknown)}; those that it was given with "
                 f"optax.inject_hyperparams are: {', '.join(injected) or 'none'}."
             )
-        values = {name: jnp.asarray(value, injected[name].dtype) for name, value in hyperparams.items()}
+        # An optimiser that was given 1 holds an integer, which would truncate 0.5 to 0.
+        floating = {name: jnp.issubdtype(injected[name].dtype, jnp.floating) for name in hyperparams}
+        values = {
+            name: jnp.asarray(value, injected[name].dtype if floating[name] else float)
+            for name, value in hyperparams.items()
+        }
         opt_state = opt_state._replace(hyperparams=injected | values)
     return TrainState(model, opt_state, jnp.zeros((), int), order_key, jnp.zeros((), bool))
 
@@ -92,8 +103,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update, on one batch.
 
-    An update that is not finite is not made: the state keeps its last finite values, is marked as diverged and does not
-    move again.
+    An update that is not finite, or from gradients whose norm is not, is not made: the state keeps its last finite
+    values, is marked as diverged and does not move again.
 
     **Arguments:**
 
@@ -113,10 +124,13 @@ def train_step(
         (value, accuracy), grads = value_and_grad(state.model, inputs, labels)
     else:
         (value, accuracy), grads = _mean_over_microbatches(value_and_grad, microbatch_size)(state.model, inputs, labels)
-    updates, opt_state = optimiser.update(grads, state.opt_state, eqx.filter(state.model, eqx.is_inexact_array))
+    parameters = eqx.filter(state.model, eqx.is_inexact_array)
+    update = optax.with_extra_args_support(optimiser).update
+    updates, opt_state = update(grads, state.opt_state, parameters, value=value)
     model = eqx.apply_updates(state.model, updates)
 
-    moves = ~state.diverged & jnp.isfinite(value) & _all_finite(model)
+    # The norm is infinite before the gradients are: their squares would silently overflow in an optimiser's moments.
+    moves = ~state.diverged & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _all_finite(model)
     model, opt_state, step = _select(
         moves, (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
     )
@@ -143,6 +157,7 @@ def train_chunk(
 
     **Arguments:**
 
+    - `num_steps`: updates in this chunk. The orders of all epochs that it touches are in memory at once.
     - `batch_size`: examples in a batch; `None` trains on all of them in every step, in the order of the data.
     - `microbatch_size`: as for `train_step`.
 
@@ -203,20 +218,21 @@ def _mean_over_microbatches(function, size):
         if rest:
             raise ValueError(f"microbatch_size must divide the batch of {len(batch[0])}, got {size}.")
         parts = tuple(a.reshape(num_parts, size, *a.shape[1:]) for a in batch)
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            eqx.filter_eval_shape(function, model, *(a[0] for a in parts)),
-        )
-        total, _ = lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, function(model, *part)), None), zeros, parts
-        )
-        return jax.tree.map(lambda a: a / num_parts, total)
+        like = eqx.filter_eval_shape(function, model, *(a[0] for a in parts))
+        wide = lambda dtype: jnp.float32 if dtype.itemsize < 4 else dtype  # what 16-bit numbers are summed in
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), like)
+
+        def add(total, part):
+            return jax.tree.map(lambda sum, a: sum + a.astype(sum.dtype), total, function(model, *part)), None
+
+        total, _ = lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda sum, a: (sum / num_parts).astype(a.dtype), total, like)
 
     return mean
 
 
 def _accuracy(outputs, labels):
-    return jnp.mean(jnp.argmax(outputs, -1) == labels)
+    return jnp.mean(jnp.argmax(outputs, -1) == labels.astype(int))
 
 
 def _all_finite(tree):

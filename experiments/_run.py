@@ -78,7 +78,11 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
 
 def refuse_used(out: Path | None) -> None:
     """Raises a `UsageError` if the directory holds more than the configuration of a run that never started."""
-    if out is not None and out.is_dir() and any(not path.name.endswith("config.json") for path in out.iterdir()):
+    try:
+        used = out is not None and out.is_dir() and any(not p.name.endswith("config.json") for p in out.iterdir())
+    except OSError as error:
+        raise UsageError(f"cannot read {out} ({error.strerror}): pass another directory with --out.") from error
+    if used:
         raise UsageError(f"{out} is not empty: pass a new directory with --out, so that no results are lost.")
 
 
@@ -98,9 +102,7 @@ class History:
     evaluations: dict[str, Metrics]  # by split, [members, evaluations]; NaN where not evaluated
     diverged_at: np.ndarray  # [members], -1 for never
     finished: bool
-    steps_per_second: (
-        float  # of training and evaluating, without the first chunk, which compiles; NaN if it is the only one
-    )
+    steps_per_second: float  # without the first chunk, which compiles; NaN if there is no other
 
 
 def train(

@@ -270,9 +270,9 @@ def flops_per_image(width: int) -> float:
 def cpu_seconds_per_image(width: int) -> float:
     """About how long an image takes in training on this CPU's cores; for the announced time and the length of chunks.
 
-    Fitted to widths 16 and 64 on two cores: arithmetic at 160 GFLOP/s a core, and the rest.
+    Fitted to widths 16 and 64 on two cores: arithmetic at 140 GFLOP/s a core, and the rest.
     """
-    return (flops_per_image(width) / 160e9 + 2e-4) / jax.device_count()
+    return (flops_per_image(width) / 140e9 + 2e-4) / jax.device_count()
 
 
 def datasets(images: _data.ImageData, preset: Preset) -> tuple[Dataset, Dataset]:
@@ -326,6 +326,8 @@ def _check(config: Config, preset: Preset) -> None:
     for amplitude in preset.amplitude:
         if not 1 <= amplitude < math.inf:
             raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
+    for period in preset.period:
+        parse_period(period, steps_per_epoch=1)
     if config.stop_epoch is not None and not 0 <= config.stop_epoch < math.inf:
         raise UsageError(f"--stop-epoch must be a finite number of epochs, 0 or more, got {config.stop_epoch}.")
 

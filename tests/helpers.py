@@ -1,4 +1,5 @@
 import functools as ft
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,11 @@ def _close(x, y, rtol, atol, same_dtype):
     tolerance = max(_TOLERANCE.get(dtype.name, 0.0) for dtype in (x.dtype, y.dtype))
     rtol, atol = (tolerance if given is None else given for given in (rtol, atol))
     return np.allclose(x.astype(np.float64), y.astype(np.float64), rtol=rtol, atol=atol)
+
+
+def undecorated(function):
+    """The function as users have it who do not switch jaxtyping's checks on."""
+    return inspect.unwrap(function)
 
 
 def _scanned(f):

@@ -99,7 +99,7 @@ def test_members_differ_in_seed_schedule_and_optimiser(getkey):
     assert len(np.unique(others.loss[:, 0])) == 5
 
 
-def test_a_whole_run_compiles_once(getkey):
+def test_only_the_first_chunk_of_a_run_compiles_anything(getkey):
     keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
     states = ensemble.init(make_mlp, OPTIMISER, keys)
     data = ensemble.replicate(data, states)
@@ -170,10 +170,11 @@ def test_the_old_states_are_donated(getkey):
     assert not data.inputs.is_deleted()
 
 
-def test_block_size_depends_on_the_model_on_a_cpu(getkey):
+def test_block_size_depends_on_model_and_platform(getkey):
     keys = jr.split(getkey(), 2)
-    assert ensemble.default_block_size(ensemble.init(make_mlp, OPTIMISER, keys).model) == 4
-    assert ensemble.default_block_size(ensemble.init(make_myrtle, OPTIMISER, keys).model) == 1
+    mlp, myrtle = (ensemble.init(make_model, OPTIMISER, keys).model for make_model in (make_mlp, make_myrtle))
+    assert [ensemble.default_block_size(mlp, platform) for platform in ("cpu", "gpu")] == [4, 2**31]
+    assert [ensemble.default_block_size(myrtle, platform) for platform in ("cpu", "gpu")] == [1, 1]
 
 
 def test_losses_without_a_member_axis_are_an_error(getkey):

@@ -13,7 +13,7 @@ import eqx_dynloss.loss
 from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy, softmax_cross_entropy_with_soft_labels
 from eqx_dynloss.schedule import OscillatingWeights, StaticWeights, UntilStep
 
-from .helpers import DERIVATIVES, tree_allclose
+from .helpers import DERIVATIVES, tree_allclose, undecorated
 
 
 def problem(shape=(7,), num_classes=5, seed=0):
@@ -235,11 +235,6 @@ def test_a_negative_z_loss_is_refused(function, value):
     labels = jnp.zeros(2, int) if function is softmax_cross_entropy else jnp.zeros((2, 3))
     with pytest.raises(ValueError, match="z_loss must not be negative"):
         function(jnp.zeros((2, 3)), labels, z_loss=value)
-
-
-def undecorated(function):
-    """The function as users have it who do not switch jaxtyping's checks on."""
-    return inspect.unwrap(function)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_follows_the_authors_update_step_for_step(getkey):
 
 
 def test_reproduces_the_numbers_of_the_papers_figure():
-    """F and the largest Hessian eigenvalue over ten seeds of the paper-era initialisation."""
+    """Ten seeds of the paper-era initialisation against the loss, the largest eigenvalues of Hessian and NTK, and the
+    onset of the first bifurcation, all read off a re-run of the figure with one seed (about 1 % accurate)."""
     points, labels = spiral()
     data = train.Dataset(jnp.asarray(points), jnp.asarray(labels))
     schedule = OscillatingWeights(3, 70.0, 5000, inclusive_period=True)
@@ -89,19 +90,29 @@ def test_reproduces_the_numbers_of_the_papers_figure():
     states = ensemble.init(make_mlp, OPTIMISER, jr.split(jr.key(0), 10))
 
     @eqx.filter_jit
-    def sharpness(model, step):
+    def largest_eigenvalues(model, step):
+        """Of the dense Hessian of the dynamical loss, and of the NTK of the first 50 points, (1/C) Σ_c J_c J_cᵀ."""
         parameters, unravel = ravel_pytree(model)
         loss = lambda p: DynamicalLoss(schedule)(jax.vmap(unravel(p))(data.inputs), data.labels, step)
-        return jnp.linalg.eigvalsh(jax.hessian(loss)(parameters))[-1]
+        jacobian = jax.jacobian(lambda p: jax.vmap(unravel(p))(data.inputs[:50]))(parameters)
+        ntk = jnp.einsum("icp,jcp->ij", jacobian, jacobian) / 3
+        hessian = jax.hessian(loss)(parameters)
+        return jnp.stack([jnp.linalg.eigvalsh(hessian)[-1], jnp.linalg.eigvalsh(ntk)[-1]])
 
-    def median_sharpness(states):
+    def medians(states):
         members = (jax.tree.map(lambda leaf, i=i: leaf[i], states.model) for i in range(10))
-        return np.median([sharpness(model, states.step[0]) for model in members])
+        return np.median([largest_eigenvalues(model, states.step[0]) for model in members], 0)
 
     states, first, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=2500)
-    assert np.isclose(median_sharpness(states), 0.601, rtol=0.05)
+    np.testing.assert_allclose(medians(states), [0.601, 347], rtol=0.05)
     states, second, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=1500)
-    assert np.isclose(median_sharpness(states), 1.62, rtol=0.05)
-    _, third, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=1)
-    for metrics, figure, tolerance in ((first, 1.085, 0.06), (second, 0.133, 0.02), (third, 0.252, 0.02)):
-        assert np.isclose(metrics.loss[:, 0].mean(), figure, rtol=tolerance)
+    np.testing.assert_allclose(medians(states), [1.62, 461], rtol=0.05)
+    states, third, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=350)
+    start = np.asarray(first.loss[:, 0])
+    assert abs(start.mean() - 1.085) < 2.5 * start.std(ddof=1)  # one draw of many: ours are 1.126 ± 0.026
+    assert np.isclose(second.loss[:, 0].mean(), 0.133, rtol=0.02)
+    assert np.isclose(third.loss[:, 0].mean(), 0.252, rtol=0.02)
+    # The period-2 oscillation of the loss, which begins near step 4,130: absent at step 3,500, present at 4,300.
+    alternation = lambda loss: np.abs(np.diff(np.asarray(loss), 2)).mean(1)
+    assert np.median(alternation(second.loss[:, 950:1050])) < 1e-5
+    assert np.median(alternation(third.loss[:, 250:])) > 1e-3

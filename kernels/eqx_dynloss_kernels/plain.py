@@ -56,7 +56,7 @@ def _weighted_xent_jvp(label_smoothing, primals, tangents):
         if label_smoothing:
             logits = _silence(shifted, _rows(w, x))
             dloss += label_smoothing / num_classes * (jnp.sum(dw) * log_total - jnp.sum(_rows(dw, x) * logits, -1))
-    return (loss, log_total + shift), (dloss, dlse)
+    return (loss, log_total + shift), (jnp.where(_in_range(labels, x), dloss, 0), dlse)
 
 
 def _values(logits, labels, w, label_smoothing, log_total, shift):
@@ -68,8 +68,11 @@ def _values(logits, labels, w, label_smoothing, log_total, shift):
         num_classes = shifted.shape[-1]
         rows = _rows(w, shifted)
         loss += label_smoothing / num_classes * (jnp.sum(w) * log_total - jnp.sum(rows * _silence(shifted, rows), -1))
-    in_range = (labels >= 0) & (labels < logits.shape[-1])
-    return jnp.where(in_range, loss, jnp.nan)
+    return jnp.where(_in_range(labels, logits), loss, jnp.nan)
+
+
+def _in_range(labels, logits):
+    return (labels >= 0) & (labels < logits.shape[-1])
 
 
 def _nll(logits, labels, log_total, shift):

@@ -190,6 +190,8 @@ def test_labels_out_of_range_give_nan_and_leave_the_others_alone(xent, label, dt
     x, w = jnp.ones((3, 3)), jnp.ones(3)
     loss, lse = jax.jit(xent, static_argnums=3)(x, labels, w, label_smoothing)
     assert np.array_equal(np.isnan(loss), [False, True, False])
+    gradient = jax.grad(lambda x: jnp.sum(xent(x, labels, w, label_smoothing)[0]))(x)
+    assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
     assert tree_allclose(lse, jax.nn.logsumexp(x, -1))
 
 
