@@ -237,10 +237,10 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
 
 def console_table(summary: Summary) -> Table:
     """The table for the terminal: accuracies of every condition, and the paired difference in validation accuracy."""
-    table = Table(title=f"Accuracy at the last evaluation, %: {summary.dataset}", box=box.SIMPLE_HEAD)
+    table = Table(title=f"Accuracy at the last evaluation, %: {summary.dataset}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption, table.caption_style = "\n".join(summary.notices) or None, "bold red"
     for header in ("A", "T", "seeds", "train", "validation", "dynamical − static\n95 % CI"):
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right", no_wrap="CI" not in header)
     outcomes, differences = _rows(summary)
     for cells, difference in zip(outcomes, ["", *(d[4] for d in differences)], strict=True):
         table.add_row(*cells[:3], *cells[4:6], difference)

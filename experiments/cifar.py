@@ -145,6 +145,9 @@ def main(arguments: list[str] | None = None) -> bool:
 
     images = _data.load(config.dataset, config.data_dir, report=_report)
     train_data, validation_data = datasets(images, preset)
+    if config.epochs is None and preset.train_examples:  # a smaller data set gets more epochs, and as many steps
+        scale = max(1.0, preset.train_examples / len(train_data))
+        preset = dataclasses.replace(preset, epochs=round(scale * preset.epochs))
     steps_per_epoch = len(train_data) // preset.batch_size
     if steps_per_epoch == 0:
         raise UsageError(

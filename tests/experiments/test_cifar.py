@@ -200,10 +200,16 @@ def test_the_paper_preset_is_the_papers_protocol(monkeypatch, capsys):
 
 
 def test_the_quick_preset_is_the_default_on_a_cpu(monkeypatch, capsys):
-    seen = captured(monkeypatch, images(5000, 100), "--seeds", 2, "--width", 2)
-    assert seen.num_steps == 4 * (5000 // 64) and len(seen.states.step) == 4
-    np.testing.assert_array_equal(seen.losses.schedule.stop, round(6 / 7 * 4 * 78))
+    seen = captured(monkeypatch, images(8000, 100), "--seeds", 2, "--width", 2)
+    assert seen.num_steps == 4 * (8000 // 64) and len(seen.states.step) == 4
+    np.testing.assert_array_equal(seen.losses.schedule.stop, round(6 / 7 * 4 * 125))
     assert "preset quick (no accelerator was found)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, epochs", [("", 21), ("--epochs 4", 4), ("--train-examples 1500", 4)])
+def test_a_smaller_data_set_gets_as_many_steps_unless_told_otherwise(monkeypatch, flags, epochs):
+    seen = captured(monkeypatch, images(1500, 100), "--seeds", 1, "--width", 1, *flags.split())
+    assert seen.num_steps == epochs * (1500 // 64)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 8, 39])
