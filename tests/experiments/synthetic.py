@@ -3,6 +3,7 @@
 import numpy as np
 import xarray as xr
 
+from eqx_dynloss import ensemble
 from experiments._results import assemble, conditions
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -63,3 +64,16 @@ def results(
         diverged_at=diverged_at,
         attrs={"dataset": "cifar10", "finished": True, "steps_done": steps, "steps_per_epoch": 40, **attrs},
     )
+
+
+def interrupt_after(chunks, monkeypatch):
+    """Raises what Ctrl-C raises, instead of running one more chunk."""
+    real, done = ensemble.train_chunk, []
+
+    def train_chunk(*args, **kwargs):
+        if len(done) == chunks:
+            raise KeyboardInterrupt
+        done.append(None)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ensemble, "train_chunk", train_chunk)

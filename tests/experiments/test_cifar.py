@@ -20,13 +20,12 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from eqx_dynloss import ensemble
 from experiments import _data, _prepare, _results, _run, cifar
 from experiments._data import ImageData
 from experiments._run import UsageError
 from experiments.cifar import PRESETS, Standardise, datasets, flops_per_image, nesterov, parse_period
 
-from .synthetic import class_weights
+from .synthetic import class_weights, interrupt_after
 
 ROOT = Path(__file__).parents[2]
 # Seven updates on digits with a network of two channels
@@ -425,15 +424,7 @@ def test_members_that_diverge_are_reported(tmp_path, capsys):
 
 
 def test_a_run_interrupted_before_any_evaluation_leaves_what_it_has(linear, tmp_path, capsys, monkeypatch, chunks=1):
-    real, done = ensemble.train_chunk, []
-
-    def train_chunk(*args, **kwargs):
-        if len(done) == chunks:
-            raise KeyboardInterrupt
-        done.append(None)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ensemble, "train_chunk", train_chunk)
+    interrupt_after(chunks, monkeypatch)
     flags = ["--seeds", 2, "--evaluations", 3, "--out", tmp_path / "out"]
     assert command(*TINY, *flags) == 130
     out = capsys.readouterr().out

@@ -24,6 +24,8 @@ from experiments import _run
 from experiments._data import DataError
 from experiments._run import UsageError
 
+from .synthetic import interrupt_after
+
 MEMBERS = 3
 OPTIMISER = optax.sgd(0.1)  # one object, so that all tests share one compilation per chunk length
 
@@ -59,19 +61,6 @@ def train(num_steps, chunk, num_evaluations, **replaced):
         num_evaluations=num_evaluations,
     )
     return history
-
-
-def interrupt_after(chunks, monkeypatch):
-    """Raises what Ctrl-C raises, instead of running one more chunk."""
-    real, done = ensemble.train_chunk, []
-
-    def train_chunk(*args, **kwargs):
-        if len(done) == chunks:
-            raise KeyboardInterrupt
-        done.append(None)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ensemble, "train_chunk", train_chunk)
 
 
 # The loop
