@@ -69,15 +69,16 @@ def softmax_cross_entropy(
     **Raises:** `ValueError` for shapes that do not fit and options out of range.
     """
     class_weights = _validated(logits, labels.shape, class_weights, where, label_smoothing, z_loss)
-    if where is not None:
-        logits = jnp.where(where[..., None], logits, jnp.zeros((), logits.dtype))
-        labels = jnp.where(where, labels, 0)
-    loss, lse = weighted_xent(
-        logits, labels, class_weights, label_smoothing=label_smoothing, implementation=implementation
+    loss, _ = weighted_xent(
+        logits,
+        labels,
+        class_weights,
+        where=where,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        implementation=implementation,
     )
-    if z_loss:
-        loss += z_loss * lse**2
-    return loss if where is None else jnp.where(where, loss, 0.0)
+    return loss
 
 
 def softmax_cross_entropy_with_soft_labels(

@@ -1,12 +1,13 @@
 """The public operation and the choice of its implementation."""
 
-from typing import Literal
+from typing import get_args
 
-from jaxtyping import Array, Float, Integer
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 
-from . import plain
-
-Implementation = Literal["xla", "pallas"]
+from . import launch
+from .operation import Implementation as Implementation
+from .operation import Options, forward
 
 
 def weighted_xent(
@@ -14,7 +15,9 @@ def weighted_xent(
     labels: Integer[Array, "*batch"],
     class_weights: Float[Array, " classes"],
     *,
+    where: Bool[Array, "*batch"] | None = None,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Weighted softmax cross-entropy of every example, and the logsumexp of its logits.
@@ -26,15 +29,21 @@ def weighted_xent(
     - `logits`: unnormalised log-probabilities; float16 and bfloat16 are computed and returned in float32.
     - `labels`: class indices; a label out of range makes its example's loss NaN.
     - `class_weights`: one weight per class.
+    - `where`: examples that count; the others have loss and logsumexp 0, and no gradient.
     - `label_smoothing`: the share of the target that is spread evenly over the classes, each with its own weight.
-    - `implementation`: `"xla"` is plain JAX. `None` picks the best one that there is. A named one works or raises.
+    - `z_loss`: coefficient of the squared logsumexp in the loss.
+    - `implementation`: `"xla"` is plain JAX, `"pallas"` the kernel for NVIDIA GPUs. `None` picks by platform, dtype and
+        size. A named one works or raises.
 
     **Returns:** `(loss, logsumexp)`, float32, or float64 for float64 logits.
+
+    **Raises:** `ValueError` if the named implementation cannot do it. On another platform than CUDA, `"pallas"` raises
+    when the program is compiled.
     """
-    if implementation == "pallas":
-        raise NotImplementedError(
-            'This version has no Pallas kernel yet: use implementation="xla", or None to pick what there is.'
-        )
-    if implementation not in (None, "xla"):
+    if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f'implementation must be None, "xla" or "pallas", got {implementation!r}.')
-    return plain.weighted_xent(logits, labels, class_weights, label_smoothing)
+    if implementation == "pallas" and (reason := launch.obstacle(logits)):
+        raise ValueError(f'implementation="pallas" cannot be used here: {reason}. "xla" and None can.')
+    options = Options(label_smoothing, z_loss, implementation)
+    loss, total, shift = forward(options, logits, labels, class_weights, where)
+    return loss, jnp.log(total) + shift

@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 
 from ..helpers import DERIVATIVES, tree_allclose
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", None]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -1,0 +1,124 @@
+r"""The fused forward pass for NVIDIA GPUs: a Pallas kernel that reads the logits once.
+
+A program of the kernel takes a few whole rows, or one row in blocks of columns. It keeps the running maximum and the
+running sum of exponentials (online softmax: Milakov and Gimelshein, 2018, arXiv:1805.02867), one `exp` a logit, looks
+up the true logit and its weight, and writes three numbers a row. The Triton backend is used, with explicit parameters:
+the other one for GPUs, Mosaic, needs rows of a multiple of 16 bytes and a Hopper GPU or later.
+"""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Float32, Integer
+
+from .launch import launch
+
+
+def forward(
+    logits: Float[Array, "rows classes"],
+    labels: Integer[Array, " rows"],
+    class_weights: Float[Array, "groups classes"],
+    where: Bool[Array, " rows"] | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Float32[Array, " rows"], Float32[Array, " rows"], Float32[Array, " rows"]]:
+    """As `plain.forward`, but the rows come in equal groups that have class weights of their own."""
+    num_rows, num_classes = logits.shape
+    block_rows, block_columns, num_warps = launch(num_rows, num_classes, logits.dtype.itemsize)
+    args = [labels, class_weights.reshape(-1), logits] + ([] if where is None else [where])
+    by_row = pl.BlockSpec((block_rows,), lambda i: (i,))
+    whole = pl.BlockSpec((class_weights.size,), lambda i: (0,))
+    padded = pl.cdiv(num_classes, block_columns) * block_columns
+    in_specs = [by_row, whole, pl.BlockSpec((block_rows, padded), lambda i: (i, 0)), by_row][: len(args)]
+    kernel = ft.partial(
+        _kernel,
+        shape=(num_rows, num_classes),
+        rows_per_group=num_rows // class_weights.shape[0],
+        block=(block_rows, block_columns),
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(num_rows, block_rows),),
+        in_specs=in_specs,
+        out_specs=[by_row] * 3,
+        out_shape=[jax.ShapeDtypeStruct((num_rows,), jnp.float32)] * 3,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+        name="weighted_xent",
+    )(*args)
+
+
+def _kernel(
+    labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, block, label_smoothing, z_loss
+):
+    *where_ref, loss_ref, total_ref, shift_ref = refs
+    (num_rows, num_classes), (block_rows, block_columns) = shape, block
+    local = jnp.arange(block_rows, dtype=jnp.int32)
+    rows = pl.program_id(0) * block_rows + local
+    exists = rows < num_rows
+    first_weight = rows // rows_per_group * num_classes
+
+    label = plgpu.load(labels_ref.at[:], mask=exists, other=0)
+    label = label if label.dtype.itemsize == 8 else label.astype(jnp.int32)
+    in_range = (label >= 0) & (label < num_classes)
+    label = jnp.where(in_range, label, 0).astype(jnp.int32)
+    counts = exists & plgpu.load(where_ref[0].at[:], mask=exists, other=False) if where_ref else exists
+    has_label = in_range & counts
+
+    def add(start, carry):
+        shift, total, weight_sum, weighted = carry
+        columns = start + jnp.arange(block_columns, dtype=jnp.int32)
+        mask = _outer(counts, columns < num_classes)
+        x = plgpu.load(logits_ref.at[:, pl.ds(start, block_columns)], mask=mask, other=-jnp.inf).astype(jnp.float32)
+        top = jnp.maximum(jnp.where(total == 0, -jnp.inf, shift), jnp.max(x, 1))
+        new_shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
+        x = x - new_shift[:, None]
+        # A total of 0 has no maximum yet, and may stay 0 whatever it is multiplied with.
+        total = jnp.where(total == 0, 0.0, total * jnp.exp(shift - new_shift)) + jnp.sum(jnp.exp(x), 1)
+        if label_smoothing:
+            w = plgpu.load(weights_ref.at[_outer_sum(first_weight, columns)], mask=mask, other=0).astype(jnp.float32)
+            weighted += weight_sum * (shift - new_shift) + jnp.sum(w * _silenced(x, w), 1)
+            weight_sum += jnp.sum(w, 1)
+        return new_shift, total, weight_sum, weighted
+
+    zeros = jnp.zeros(block_rows, jnp.float32)
+    carry = (zeros,) * 4
+    num_blocks = pl.cdiv(num_classes, block_columns)
+    if num_blocks == 1:
+        carry = add(0, carry)
+    else:
+        carry = lax.fori_loop(0, num_blocks, lambda i, carry: add(i * block_columns, carry), carry)
+    shift, total, weight_sum, weighted = carry
+
+    log_total = jnp.log(total)
+    weight = plgpu.load(weights_ref.at[first_weight + label], mask=has_label, other=0).astype(jnp.float32)
+    true = plgpu.load(logits_ref.at[local, label], mask=has_label, other=0).astype(jnp.float32)
+    loss = (1 - label_smoothing) * weight * _silenced(log_total - (true - shift), weight)
+    if label_smoothing:
+        loss += label_smoothing / num_classes * (weight_sum * log_total - weighted)
+    if z_loss:
+        lse = log_total + shift
+        loss += z_loss * lse * lse
+    loss = jnp.where(in_range, loss, jnp.nan)
+    plgpu.store(loss_ref.at[:], jnp.where(counts, loss, 0.0), mask=exists)
+    plgpu.store(total_ref.at[:], jnp.where(counts, total, 1.0), mask=exists)
+    plgpu.store(shift_ref.at[:], jnp.where(counts, shift, 0.0), mask=exists)
+
+
+def _outer(rows, columns):
+    shape = (rows.size, columns.size)
+    return jnp.broadcast_to(rows[:, None], shape) & jnp.broadcast_to(columns[None, :], shape)
+
+
+def _outer_sum(rows, columns):
+    shape = (rows.size, columns.size)
+    return jnp.broadcast_to(rows[:, None], shape) + jnp.broadcast_to(columns[None, :], shape)
+
+
+def _silenced(x, weight):
+    return jnp.where((weight == 0) & (jnp.abs(x) == jnp.inf), 0.0, x)
