@@ -119,8 +119,8 @@ def _mapped(options: Options):
 
 
 def _plain(options, logits, labels, class_weights, where):
-    function = lambda *args: plain.forward(*args, options.label_smoothing, options.z_loss)
-    for _ in range(class_weights.ndim - 1):
+    function = ft.partial(plain.forward, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+    for _ in class_weights.shape[:-1]:
         function = jax.vmap(function)
     return function(logits, labels, class_weights, where)
 
@@ -128,17 +128,16 @@ def _plain(options, logits, labels, class_weights, where):
 def _fused(options, logits, labels, class_weights, where):
     from . import triton  # Pallas takes long to import, and is not everywhere
 
-    *batch, num_classes = logits.shape
-    rows = [x if x is None else x.reshape(-1) for x in (labels, where)]
+    num_classes = logits.shape[-1]
     outputs = triton.forward(
         logits.reshape(-1, num_classes),
-        rows[0],
+        labels.reshape(-1),
         class_weights.reshape(-1, num_classes),
-        rows[1],
+        None if where is None else where.reshape(-1),
         options.label_smoothing,
         options.z_loss,
     )
-    return tuple(x.reshape(batch) for x in outputs)
+    return tuple(x.reshape(labels.shape) for x in outputs)
 
 
 _only_on_cuda = Primitive("weighted_xent_only_on_cuda")

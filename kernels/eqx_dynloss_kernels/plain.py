@@ -8,6 +8,7 @@ $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2.$$
 Everything is computed from logits shifted by their maximum, so that no digits are lost to a common offset.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -20,8 +21,10 @@ def forward(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """The losses, and what the softmax needs: Σ exp(x − shift) and the shift. An example that is masked has loss 0, total
-    1 and shift 0; the loss of a label out of range is NaN."""
+    """The losses, and what the softmax needs: the total Σ exp(x − shift) and the shift.
+
+    An example that is masked has loss 0, total 1 and shift 0. A label out of range has the loss NaN.
+    """
     x, labels, w = prepared(logits, labels, class_weights, where)
     top = jnp.max(x, -1, initial=-jnp.inf)
     shift = jnp.where(jnp.isfinite(top), top, 0)
@@ -70,4 +73,8 @@ def silenced(x, weight):
 
 def at_label(w, labels):
     """The weight of each label, 0 if there is no such class."""
-    return w.at[labels].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    sharding = jax.typeof(labels).sharding  # on an explicitly sharded mesh the result's has to be said
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return w.at[labels].get(
+        mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding if explicit else None
+    )

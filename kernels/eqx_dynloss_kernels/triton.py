@@ -47,15 +47,13 @@ def forward(
         grid=(pl.cdiv(num_rows, block_rows),),
         in_specs=in_specs,
         out_specs=[by_row] * 3,
-        out_shape=[jax.ShapeDtypeStruct((num_rows,), jnp.float32)] * 3,
+        out_shape=[jax.ShapeDtypeStruct((num_rows,), jnp.float32, manual_axis_type=_manual_axis_type(args))] * 3,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
         name="weighted_xent",
     )(*args)
 
 
-def _kernel(
-    labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, block, label_smoothing, z_loss
-):
+def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, block, label_smoothing, z_loss):
     *where_ref, loss_ref, total_ref, shift_ref = refs
     (num_rows, num_classes), (block_rows, block_columns) = shape, block
     local = jnp.arange(block_rows, dtype=jnp.int32)
@@ -108,6 +106,11 @@ def _kernel(
     plgpu.store(loss_ref.at[:], jnp.where(counts, loss, 0.0), mask=exists)
     plgpu.store(total_ref.at[:], jnp.where(counts, total, 1.0), mask=exists)
     plgpu.store(shift_ref.at[:], jnp.where(counts, shift, 0.0), mask=exists)
+
+
+def _manual_axis_type(args):
+    """Inside `jax.shard_map`: over which mesh axes the result varies, those over which any argument does."""
+    return jax.eval_shape(lambda: sum(x.ravel()[0].astype(jnp.float32) for x in args)).manual_axis_type
 
 
 def _outer(rows, columns):

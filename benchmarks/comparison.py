@@ -1,0 +1,182 @@
+"""Times contestants against each other: interleaved, checked for agreement first, paired by round."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .agreement import require_agreement
+from .contestant import Absent, Contestant
+from .device_time import device_seconds
+from .report import Row
+
+INTERLEAVED = "interleaved"  # where a benchmark's `extra_info` names its contestants in the order of the first round
+MAX_ROUNDS = 200
+REHEARSALS = 3
+LONG_CALL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call has to do, from which the table computes a rate.
+
+    **Fields:**
+
+    - `amount`: how much of it, such as the bytes of a model over 1e9, or images.
+    - `unit`: of the amount. The rate of `"GB"` is compared with that of a copy.
+    - `counts`: the model: what is counted, in words.
+    """
+
+    amount: float
+    unit: str
+    counts: str
+
+
+class Compare:
+    """What the fixture `compare` gives: a function that runs one comparison. See `__call__`.
+
+    **Fields:**
+
+    - `timed`: whether this run times anything (`--benchmark`), or only calls everything once, for which small problems
+        are enough.
+    """
+
+    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool, copy_rate: float | None):
+        self.timed = timed
+        self._benchmark = benchmark
+        self._rows = rows
+        self._copy_rate = copy_rate
+
+    def __call__(
+        self,
+        subject: str,
+        case: str,
+        entrants: Sequence[Contestant | Absent],
+        *,
+        expected: Any = None,
+        view: Callable[[Any], Any] = lambda result: result,
+        tolerance: float | None = None,
+        work: Work | None = None,
+        budget_s: float = 4.0,
+        min_rounds: int = 15,
+    ) -> list[Row]:
+        """Requires that all contestants agree, and with `--benchmark` times them. Once in a test.
+
+        Contestants are called in rounds, each once a round. Round r starts with contestant r mod n, so that none always
+        follows the same one. Before each timed call comes an untimed one of the same contestant, unless calls are long
+        (half a second): what another one left in the caches would otherwise decide about short calls. Compilation is
+        over by then, and the first call, which is the one checked, is never timed.
+
+        **Arguments:**
+
+        - `subject`, `case`: headings of the table.
+        - `entrants`: who takes part. The first one present is what the others' ratios are relative to.
+        - `expected`: the result, in float64; `None` is that of the first contestant.
+        - `view`: what of a result to compare, such as a few rows of it.
+        - `tolerance`: see `require_agreement`.
+        - `work`: what a call does, for a rate.
+        - `budget_s`: seconds that the rounds may take; `min_rounds` comes first.
+        - `min_rounds`: the least number of rounds.
+
+        **Returns:** the comparison's rows of the table; empty if nothing is timed.
+        """
+        contestants = [entrant for entrant in entrants if isinstance(entrant, Contestant)]
+        if not contestants or len({entrant.name for entrant in entrants}) < len(entrants):
+            raise ValueError(f"a comparison needs contestants of different names, got {entrants}.")
+
+        def agree():
+            wanted = expected
+            for contestant in contestants:
+                result = view(_run(contestant))
+                wanted = result if wanted is None else wanted
+                require_agreement(contestant.name, result, wanted, tolerance)
+
+        if not self.timed:
+            self._benchmark.disabled = True  # as with --benchmark-disable: it calls, and neither times nor records
+            self._benchmark.pedantic(agree)
+            return []
+        agree()
+        rehearsal = [_seconds_of_a_call(contestant) for contestant in contestants]
+        untimed = max(rehearsal) < LONG_CALL_S
+        rounds = int(np.clip(budget_s / (sum(rehearsal) * (1 + untimed)), min_rounds, max(min_rounds, MAX_ROUNDS)))
+        order = rotated(contestants, rounds)
+        seconds = self._time(order, untimed)
+        times = {c.name: np.array([t for who, t in zip(order, seconds, strict=True) if who is c]) for c in contestants}
+        first = times[contestants[0].name]
+        rows = [
+            Row(subject, case, entrant.name, absent=entrant.reason)
+            if isinstance(entrant, Absent)
+            else self._row(subject, case, entrant, times[entrant.name], first, work)
+            for entrant in entrants
+        ]
+        self._benchmark.extra_info[INTERLEAVED] = [contestant.name for contestant in contestants]
+        self._rows += rows
+        return rows
+
+    def _time(self, order: Sequence[Contestant], untimed: bool) -> list[float]:
+        """Seconds of every call, in their order."""
+        upcoming = itertools.cycle(order)
+        kept = []
+
+        def setup():
+            kept.clear()  # here, so that giving memory back is not timed
+            contestant = next(upcoming)
+            if untimed:
+                _run(contestant)
+            return (contestant,), {}
+
+        self._benchmark.pedantic(lambda contestant: kept.append(_run(contestant)), setup=setup, rounds=len(order))
+        assert self._benchmark.stats is not None, "pytest-benchmark has timed nothing"
+        return list(self._benchmark.stats.stats.data)
+
+    def _row(self, subject, case, contestant, times, first, work: Work | None) -> Row:
+        seconds = float(np.median(times))
+        rate = copy_share = None
+        if work is not None:
+            rate = work.amount / seconds
+            copy_share = rate / self._copy_rate if work.unit == "GB" and self._copy_rate else None
+        low, middle, high = np.quantile(times / first, (0.25, 0.5, 0.75))
+        return Row(
+            subject,
+            case,
+            contestant.name,
+            rounds=len(times),
+            seconds=seconds,
+            ratio=(float(low), float(middle), float(high)),
+            rate=rate,
+            rate_unit=work and work.unit,
+            work=work and work.counts,
+            copy_share=copy_share,
+            device_seconds=device_seconds(contestant.call) if jax.default_backend() == "gpu" else None,
+            lower_s=contestant.lower_s,
+            compile_s=contestant.compile_s,
+            temp_bytes=contestant.temp_bytes,
+            peak_bytes=contestant.peak_bytes,
+        )
+
+
+def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
+    """Who is called when: round after round, each starting with the one that was second in the round before."""
+    count = len(contestants)
+    return [contestants[(start + i) % count] for start in range(rounds) for i in range(count)]
+
+
+def _run(contestant: Contestant) -> Any:
+    return jax.block_until_ready(contestant.call())
+
+
+def _seconds_of_a_call(contestant: Contestant) -> float:
+    """About how long it takes: the longest of a few, so that a round takes no longer than planned; of one, if long."""
+    longest = 0.0
+    for _ in range(REHEARSALS):
+        start = time.perf_counter()
+        _run(contestant)
+        longest = max(longest, time.perf_counter() - start)
+        if longest > LONG_CALL_S:
+            break
+    return longest

@@ -1,0 +1,85 @@
+"""`--benchmark`, the fixture `compare`, and what a run leaves behind: a table and a JSON file.
+
+pytest-benchmark does the timing and owns the fixture `benchmark` and the options `--benchmark-…`.
+"""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import pytest
+
+from .comparison import INTERLEAVED, Compare
+from .environment import copy_gigabytes_per_second, environment
+from .report import Row, summary
+
+ROWS = pytest.StashKey[list[Row]]()
+COPY_RATE = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser):
+    # The default is explicit: it is what getoption gives where this file is found after the command line was read.
+    parser.getgroup("benchmark").addoption(
+        "--benchmark",
+        action="store_true",
+        default=False,
+        help="Time the benchmarks, print a table, write a JSON file. Without it each runs once on a small problem.",
+    )
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+    # pytest-benchmark warns of tests that fail before they compare anything, and of runs that select no benchmark.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all in this test")
+    config.addinivalue_line("filterwarnings", "ignore:Not saving anything, no benchmarks have been run")
+    if not config.getoption("--benchmark"):
+        return
+    if config.getoption("benchmark_disable") or config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark times one thing after another: not with --benchmark-disable or -n.")
+    if config.option.benchmark_json is None:
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        config.option.benchmark_json = config.rootpath / "results" / f"benchmark-{now}.json"
+
+
+@pytest.fixture(scope="session")
+def copy_rate(request):
+    """GB/s of a large copy on the device; `None` if nothing is timed."""
+    if not request.config.getoption("--benchmark"):
+        return None
+    request.config.stash[COPY_RATE] = copy_gigabytes_per_second()
+    return request.config.stash[COPY_RATE]
+
+
+@pytest.fixture
+def compare(request, benchmark, copy_rate):
+    """Runs one comparison: see `Compare`."""
+    return Compare(benchmark, request.config.stash[ROWS], request.config.getoption("--benchmark"), copy_rate)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_benchmark_group_stats(config, benchmarks, group_by):
+    """Takes comparisons out of pytest-benchmark's own table, which would mix their contestants."""
+    groups = yield
+    kept = [(name, [bench for bench in group if INTERLEAVED not in bench["extra_info"]]) for name, group in groups]
+    return [(name, group) for name, group in kept if group]
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= environment()
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["rows"] = [asdict(row) for row in config.stash[ROWS]]
+    output_json["copy_gigabytes_per_second"] = config.stash.get(COPY_RATE, None)
+    if config.option.benchmark_json is not None:
+        config.option.benchmark_json.parent.mkdir(parents=True, exist_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    terminalreporter.section("benchmarks")
+    for line in summary(rows, config.stash.get(COPY_RATE, None)):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line("")
+    terminalreporter.write_line(f"All numbers: {config.option.benchmark_json}")

@@ -1,0 +1,12 @@
+import functools as ft
+
+import pytest
+from eqx_dynloss_kernels import operation
+from jax.experimental import pallas as pl
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets the Pallas kernel run on a CPU, step by step: right or wrong, and very slow. Keep to some 64 rows."""
+    monkeypatch.setattr(pl, "pallas_call", ft.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(operation, "_refused", operation._fused)

@@ -1,0 +1,259 @@
+"""The Pallas kernel against plain JAX, interpreted on a CPU; and what is asked of a GPU's compiler."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from eqx_dynloss_kernels import launch, plain, triton, weighted_xent
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from ..helpers import tree_allclose
+from .test_weighted_xent import by_formula, problem
+
+OPTIONS = {  # each with the dtypes that it is tried with
+    "plain": ({}, ["float32", "bfloat16", "float16"]),
+    "label smoothing": ({"label_smoothing": 0.2}, ["float32"]),
+    "z-loss": ({"z_loss": 0.01}, ["float32"]),
+    "everything": ({"label_smoothing": 0.2, "z_loss": 0.01, "where": True}, ["float32", "bfloat16"]),
+}
+
+
+def inputs(num_rows, num_classes, groups, dtype, where, seed=0):
+    logits, labels, _, _ = problem((num_rows,), num_classes, seed)
+    rng = np.random.RandomState(seed + 1)
+    weights = rng.uniform(0, 2, (groups, num_classes))
+    mask = jnp.asarray(rng.rand(num_rows) < 0.7) if where else None
+    return jnp.asarray(logits, dtype), jnp.asarray(labels), jnp.asarray(weights, jnp.float32), mask
+
+
+def check_against_plain(args, options):
+    """Rows in groups, as the kernel takes them, against one group at a time."""
+    actual = triton.forward(*args, *options)
+    groups = args[2].shape[0]
+    split = lambda x: None if x is None else x.reshape(groups, -1, *x.shape[1:])
+    expected = jax.vmap(lambda *args: plain.forward(*args, *options))(*map(split, args[:2]), args[2], split(args[3]))
+    for x, y in zip(actual, expected, strict=True):
+        assert tree_allclose(x, y.reshape(-1), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("option, dtype", [(name, dtype) for name, (_, dtypes) in OPTIONS.items() for dtype in dtypes])
+@pytest.mark.parametrize(
+    "num_rows, num_classes, groups",
+    [
+        (1, 2, 1),
+        (24, 3, 8),
+        (65, 10, 1),  # a block of 64 rows and one row
+        (66, 10, 3),  # a block across two groups
+        (3, 1001, 3),
+        (2, 8192, 2),  # the longest row that is held at once
+        (2, 8193, 1),  # and the shortest that is not
+        (3, 12289, 3),  # the fourth block has one column
+    ],
+)
+def test_the_kernel_computes_what_plain_jax_computes(interpreted, num_rows, num_classes, groups, dtype, option):
+    options = {"label_smoothing": 0.0, "z_loss": 0.0, "where": False, **OPTIONS[option][0]}
+    args = inputs(num_rows, num_classes, groups, dtype, options["where"])
+    check_against_plain(args, (options["label_smoothing"], options["z_loss"]))
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e6, 1e4])
+@pytest.mark.parametrize("order", ["ascending", "descending", "one at the end", "nothing until the end"])
+def test_the_running_maximum_may_come_anywhere_in_a_long_row(interpreted, order, offset):
+    ramp = np.linspace(-100, 100, 20000)
+    row = {
+        "ascending": ramp,
+        "descending": ramp[::-1],
+        "one at the end": np.where(np.arange(20000) == 19999, 300.0, ramp),
+        "nothing until the end": np.where(np.arange(20000) < 19990, -np.inf, 1.0),
+    }[order]
+    logits = np.stack([row, row, row]).astype(np.float32) + np.float32(offset)
+    labels, w = np.array([0, 19999, 9999], np.int32), np.ones(20000)
+    loss, total, shift = triton.forward(jnp.asarray(logits), jnp.asarray(labels), jnp.ones((1, 20000)), None, 0.0, 0.0)
+    expected, lse, _, _ = by_formula(logits, labels, w, 0, np.ones(3))
+    assert tree_allclose(loss, expected, rtol=3e-6, same_dtype=False)
+    assert tree_allclose(jnp.log(total) + shift, lse, rtol=3e-6, same_dtype=False)
+
+
+@pytest.mark.parametrize("filling", [np.nan, np.inf, -np.inf])
+def test_what_lies_under_the_mask_does_not_matter(interpreted, filling):
+    logits, labels, w, _ = inputs(8, 100, 1, "float32", False)
+    mask = jnp.arange(8) % 2 == 0
+    spoilt = jnp.where(mask[:, None], logits, filling)
+    labels = jnp.where(mask, labels, -7)
+
+    def run(x, w):
+        loss, lse = weighted_xent(x, labels, w, where=mask, label_smoothing=0.1, z_loss=0.1, implementation="pallas")
+        return jnp.sum(loss) + jnp.sum(lse), (loss, lse)
+
+    (_, (loss, lse)), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(spoilt, w[0])
+    (_, expected), expected_gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(
+        jnp.where(mask[:, None], logits, 0), w[0]
+    )
+    assert tree_allclose((loss, lse), expected) and not loss[1::2].any() and not lse[1::2].any()
+    assert tree_allclose(gradients, expected_gradients) and not gradients[0][1::2].any()
+
+
+@pytest.mark.parametrize(
+    "num_rows, num_classes, itemsize, expected",
+    [
+        (4096, 2, 4, (512, 2, 4)),
+        (4096, 10, 4, (64, 16, 4)),
+        (4096, 10, 2, (64, 16, 2)),
+        (3, 10, 4, (4, 16, 1)),
+        (4096, 1000, 4, (1, 1024, 4)),
+        (4096, 1025, 4, (1, 2048, 8)),
+        (4096, 8192, 4, (1, 8192, 16)),
+        (4096, 8193, 4, (1, 4096, 8)),
+        (64, 262144, 2, (1, 4096, 8)),
+    ],
+)
+def test_launch(num_rows, num_classes, itemsize, expected):
+    assert launch.launch(num_rows, num_classes, itemsize) == expected
+
+
+# What is asked of a GPU's compiler, seen without one.
+
+
+def struct(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered_for_cuda(function, *args):
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(text):
+    """Of every kernel call: its number of programs, and the shape and dtype of its logits."""
+    calls = [line for line in text.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line]
+    assert all('name = "weighted_xent"' in line for line in calls)
+    grids = [int(re.search(r"grid_x = (\d+)", line)[1]) for line in calls]  # pyright: ignore[reportOptionalSubscript]
+    logits = [max(re.findall(r"tensor<(\d+x\d+x\w+)>", line), key=len) for line in calls]
+    return list(zip(grids, logits, strict=True))
+
+
+def xent(implementation=None, **options):
+    def loss(x, y, w):
+        return weighted_xent(x, y, w, implementation=implementation, **options)[0]
+
+    return loss
+
+
+X, Y, W = struct((512, 1000)), struct((512,), "int32"), struct((1000,))
+SEVERAL = struct((8, 512, 1000)), struct((8, 512), "int32"), struct((8, 1000))
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+def test_the_whole_forward_pass_is_one_launch(implementation, options):
+    text = lowered_for_cuda(xent(implementation, **options), X, Y, W)
+    assert launches(text) == [(512, "512x1000xf32")]
+    assert "stablehlo.exponential" not in text  # nor is the plain path anywhere
+
+
+@pytest.mark.parametrize(
+    "transform, args, expected",
+    [
+        (lambda f: jax.value_and_grad(lambda *args: jnp.mean(f(*args))), (X, Y, W), "512x1000xf32"),
+        (jax.vmap, SEVERAL, "4096x1000xf32"),
+        (lambda f: jax.vmap(f, (0, 0, None)), (*SEVERAL[:2], W), "4096x1000xf32"),
+        (
+            lambda f: jax.vmap(f, (1, 1, 0)),
+            (struct((512, 8, 1000)), struct((512, 8), "int32"), SEVERAL[2]),
+            "4096x1000xf32",
+        ),
+        (
+            lambda f: jax.vmap(jax.vmap(f, (0, 0, None)), (0, 0, 0)),
+            (struct((2, 4, 512, 1000)), struct((2, 4, 512), "int32"), struct((2, 1000))),
+            "4096x1000xf32",
+        ),
+        (
+            lambda f: jax.vmap(jax.vmap(f), (0, 0, None)),
+            (struct((2, 8, 512, 1000)), struct((2, 8, 512), "int32"), SEVERAL[2]),
+            "8192x1000xf32",
+        ),
+        (lambda f: jax.vmap(jax.grad(lambda *args: jnp.mean(f(*args)))), SEVERAL, "4096x1000xf32"),
+    ],
+    ids=["grad", "vmap", "shared weights", "other axes", "nested", "nested, shared weights", "vmap of grad"],
+)
+def test_mapped_axes_become_rows_of_one_launch(transform, args, expected):
+    text = lowered_for_cuda(transform(xent()), *args)
+    assert [logits for _, logits in launches(text)] == [expected]
+
+
+def test_a_scan_launches_once_a_step():
+    def losses(x, y, w):
+        return jax.lax.scan(lambda c, x: (c + jnp.sum(jax.checkpoint(xent())(x, y, w)), None), jnp.zeros(()), x)[0]
+
+    text = lowered_for_cuda(jax.grad(losses), struct((5, 512, 1000)), Y, W)
+    assert {logits for _, logits in launches(text)} == {"512x1000xf32"}
+
+
+@pytest.mark.parametrize(
+    "num_rows, num_classes, fused",
+    [(4096, 10, False), (65536, 10, True), (512, 64, True), (63, 8193, False), (64, 8193, True), (1, 262144, False)],
+)
+def test_none_takes_the_kernel_where_it_is_worth_it(num_rows, num_classes, fused):
+    args = struct((num_rows, num_classes)), struct((num_rows,), "int32"), struct((num_classes,))
+    assert bool(launches(lowered_for_cuda(xent(), *args))) == fused
+    assert launches(lowered_for_cuda(xent("pallas"), *args))
+    assert not launches(lowered_for_cuda(xent("xla"), *args))
+
+
+def test_several_losses_of_the_same_logits_are_left_to_xla():
+    text = lowered_for_cuda(jax.vmap(xent(), (None, None, 0)), X, Y, SEVERAL[2])
+    assert not launches(text)
+
+
+def test_float64_and_jax_without_triton_take_the_plain_path(x64, monkeypatch):
+    double = struct(X.shape, "float64")
+    assert not launches(lowered_for_cuda(xent(), double, Y, W))
+    with pytest.raises(ValueError, match="float64"):
+        jax.eval_shape(xent("pallas"), double, Y, W)
+    monkeypatch.setattr(launch, "_has_triton", lambda: False)
+    assert not launches(lowered_for_cuda(xent(), X, Y, W))
+    with pytest.raises(ValueError, match="Triton"):
+        jax.eval_shape(xent("pallas"), X, Y, W)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_on_a_cpu_the_kernel_is_refused_by_name_and_none_works(jit):
+    args = jnp.zeros((64, 100)), jnp.zeros(64, int), jnp.ones(100)
+    run = jax.jit if jit else lambda f: f
+    with pytest.raises(ValueError, match="NVIDIA GPUs"):
+        run(xent("pallas"))(*args)
+    assert tree_allclose(run(xent())(*args), jnp.full(64, np.log(100.0), jnp.float32))
+    compiled = jax.jit(xent()).lower(*args).compile().as_text()
+    assert compiled and "gpu" not in compiled and " conditional(" not in compiled
+
+
+def test_inside_shard_map_and_on_explicit_meshes():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    rows = PartitionSpec("data")
+    args = jnp.zeros((64, 100)), jnp.zeros(64, int), jnp.ones(100)
+    for check_vma in (True, False):
+        f = jax.shard_map(
+            xent(), mesh=mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=rows, check_vma=check_vma
+        )
+        gradient = jax.jit(jax.grad(lambda *args, f=f: jnp.mean(f(*args)), (0, 2)))(*args)
+        assert tree_allclose(gradient, jax.grad(lambda *args: jnp.mean(xent("xla")(*args)), (0, 2))(*args))
+    explicit = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        x, y = (jax.device_put(a, NamedSharding(explicit, rows)) for a in args[:2])
+        gradient = jax.jit(jax.grad(lambda *args: jnp.mean(xent()(*args)), (0, 2)))(x, y, args[2])
+        assert jax.typeof(gradient[0]).sharding.spec == PartitionSpec("data", None)
+        with pytest.raises(ValueError, match="shard_map"):
+            jax.eval_shape(xent("pallas"), x, y, args[2])
+
+
+def test_with_several_devices_the_kernel_is_for_shard_map(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not launches(lowered_for_cuda(xent(), X, Y, W))
+
+
+def test_nothing_to_do():
+    loss, lse = weighted_xent(jnp.zeros((0, 1000)), jnp.zeros(0, int), jnp.ones(1000), implementation="pallas")
+    assert loss.shape == lse.shape == (0,)
