@@ -160,6 +160,29 @@ class Compare:
         )
 
 
+class Record:
+    """What the fixture `record` gives: a function that adds to the table what another one finds out.
+
+    **Fields:**
+
+    - `timed`: as for `Compare`.
+    """
+
+    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool):
+        self.timed = timed
+        self._benchmark = benchmark
+        self._rows = rows
+
+    def __call__(self, find_out: Callable[[], list[Row]]) -> list[Row]:
+        """Calls the function once. Without `--benchmark` its rows are returned, and forgotten."""
+        self._benchmark.disabled = not self.timed
+        rows = self._benchmark.pedantic(find_out)
+        if self.timed:
+            self._benchmark.extra_info[INTERLEAVED] = []
+            self._rows += rows
+        return rows
+
+
 def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
     """Who is called when: round after round, each starting with the one that was second in the round before."""
     count = len(contestants)

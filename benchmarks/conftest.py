@@ -3,12 +3,13 @@
 pytest-benchmark does the timing and owns the fixture `benchmark` and the options `--benchmark-…`.
 """
 
+import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
 
-from .comparison import INTERLEAVED, Compare
+from .comparison import INTERLEAVED, Compare, Record
 from .environment import copy_gigabytes_per_second, environment
 from .report import Row, summary
 
@@ -28,9 +29,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
-    # pytest-benchmark warns of tests that fail before they compare anything, and of runs that select no benchmark.
+    # What makes a test fail before it compares anything is enough of an error.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all in this test")
-    config.addinivalue_line("filterwarnings", "ignore:Not saving anything, no benchmarks have been run")
     if not config.getoption("--benchmark"):
         return
     if config.getoption("benchmark_disable") or config.getoption("numprocesses", None):
@@ -53,6 +53,20 @@ def copy_rate(request):
 def compare(request, benchmark, copy_rate):
     """Runs one comparison: see `Compare`."""
     return Compare(benchmark, request.config.stash[ROWS], request.config.getoption("--benchmark"), copy_rate)
+
+
+@pytest.fixture
+def record(request, benchmark):
+    """Adds rows that are not of a race to the table: see `Record`."""
+    return Record(benchmark, request.config.stash[ROWS], request.config.getoption("--benchmark"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish():
+    """Saving is our wish, not the user's: no warning (an error, in this project) if no benchmark was selected."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Not saving anything, no benchmarks have been run")
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,6 +25,8 @@ class Row:
     - `copy_share`: the rate as a fraction of the bandwidth that a copy reached in the same run.
     - `device_seconds`: time that a GPU was busy with a call.
     - `lower_s`, `compile_s`, `temp_bytes`, `peak_bytes`: see `Contestant`.
+    - `launches`, `kernels`: how many kernels a program for a GPU launches, and how many of each kind.
+    - `moved_bytes`, `moved_per`: device memory that it reads and writes, and the number by which the table divides it.
     """
 
     subject: str
@@ -43,6 +45,10 @@ class Row:
     compile_s: float | None = None
     temp_bytes: int | None = None
     peak_bytes: int | None = None
+    launches: int | None = None
+    kernels: dict[str, int] | None = None
+    moved_bytes: int | None = None
+    moved_per: int | None = None
 
 
 WIDTH = 120  # characters; the reason of an absence is cut there, and whole in the JSON file
@@ -73,8 +79,8 @@ def summary(rows: Sequence[Row], copy_rate: float | None) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    header = ["case", "contestant", "ms", "ratio", "quartiles", "rate", "% copy", "device ms", "temp MiB", "peak MiB",
-              "compile s"]  # fmt: skip
+    header = ["case", "contestant", "ms", "ratio", "quartiles", "rate", "% copy", "device ms", "launches", "moved MiB",
+              "B/logit", "temp MiB", "peak MiB", "compile s"]  # fmt: skip
     body, notes = [], {}
     for case, group in itertools.groupby(rows, lambda row: row.case):
         for index, row in enumerate(group):
@@ -103,6 +109,9 @@ def _cells(row: Row) -> list[str]:
         "" if row.rate is None else f"{_digits(row.rate)} {row.rate_unit}/s",
         "" if row.copy_share is None else f"{100 * row.copy_share:.0f}",
         _digits(row.device_seconds, 1e3),
+        "" if row.launches is None else str(row.launches),
+        _digits(row.moved_bytes, 2**-20),
+        "" if row.moved_bytes is None or row.moved_per is None else _digits(row.moved_bytes / row.moved_per),
         _digits(row.temp_bytes, 2**-20),
         _digits(row.peak_bytes, 2**-20),
         _digits(row.compile_s),

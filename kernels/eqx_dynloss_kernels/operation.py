@@ -126,7 +126,7 @@ def _plain(options, logits, labels, class_weights, where):
 
 
 def _fused(options, logits, labels, class_weights, where):
-    from . import triton  # Pallas takes long to import, and is not everywhere
+    from . import triton  # Pallas for Triton is not in every version of JAX
 
     num_classes = logits.shape[-1]
     outputs = triton.forward(

@@ -8,6 +8,7 @@ import collections
 import functools as ft
 import importlib.metadata
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -24,31 +25,34 @@ Gpu = Literal["a100", "h100", "b200"]
 # Compilation fails where a kernel needs more registers than it can have, and would keep values in device memory.
 NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
+_INSTALL = 'pip install -e ".[test,aot]", and set JAX_PLATFORMS=cpu'
 _TARGETS = pathlib.Path(__file__).parent / "gpu_targets"
 
 
 @ft.cache
 def obstacle() -> str | None:
     """Why nothing can be compiled here, and what would help; None if it can."""
-    versions = {}
-    for name in ("jax-cuda12-pjrt", "jax-cuda13-pjrt"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    install = 'pip install -e ".[test,aot]", and set JAX_PLATFORMS=cpu'
+    found = {name: _version(name) for name in ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
+    versions = {name: version for name, version in found.items() if version}
     if not versions:
-        return f"XLA's compiler for CUDA is not installed: {install}."
+        return f"XLA's compiler for CUDA is not installed: {_INSTALL}."
     if jax.__version__ not in versions.values():
-        found = ", ".join(f"{name} {version}" for name, version in versions.items())
-        return f"XLA's compiler for CUDA must be as old as jax {jax.__version__}, and is {found}: {install}."
-    if jax.config.jax_platforms != "cpu":
-        return f"JAX would look for a GPU: {install}."
+        name, version = versions.popitem()
+        return f'{name} {version} is not for jax {jax.__version__}: pip install "{name}=={jax.__version__}".'
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        return f"JAX would look for a GPU: {_INSTALL}."
     try:
         _devices("h100", 1)
     except Exception as error:
-        return f"XLA's compiler for CUDA does not load ({error}): {install}."
+        return f"XLA's compiler for CUDA does not load ({error}): {_INSTALL}."
     return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @ft.cache
@@ -91,13 +95,15 @@ def compile_for(gpu: Gpu, function: Callable, *args: Any, options: dict[str, Any
 
 
 def ptx(gpu: Gpu, function: Callable, *args: Any, options: dict[str, Any] | None = None) -> dict[str, str]:
-    """The PTX of every kernel that is compiled for the function, by the kernel's name."""
+    """The PTX of every kernel that is compiled for the function, by the kernel's name; each with its file's head."""
+    kernels = {}
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compile_for(gpu, function, *args, options={**(options or {}), **dump})
-        text = "".join(path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx")))
-    entries = re.split(r"\.entry (?=[\w$]+\()", text)[1:]
-    return {entry[: entry.index("(")]: entry for entry in entries}
+        for path in pathlib.Path(folder).glob("*.ptx"):
+            head, *entries = re.split(r"\.entry (?=[\w$]+\()", path.read_text())
+            kernels.update({entry[: entry.index("(")]: head + entry for entry in entries})
+    return kernels
 
 
 def load_widths(kernel_ptx: str) -> collections.Counter[int]:
@@ -125,14 +131,16 @@ def kernels(compiled: jax.stages.Compiled) -> list[Kernel]:
 
 def collectives(compiled: jax.stages.Compiled) -> list[str]:
     """The communication between GPUs, in order: "all-gather", "all-reduce", …"""
-    return [
-        kernel.kind for kernel in kernels(compiled) if re.match("all-|reduce-scatter|collective|send|recv", kernel.kind)
-    ]
+    communication = re.compile("all-|reduce-scatter|collective-|ragged-|send|recv")
+    return [kernel.kind for kernel in kernels(compiled) if communication.match(kernel.kind)]
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Device memory that a run needs besides its arguments and results."""
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError("The compiler does not tell how much memory the program needs.")
+    return analysis.temp_size_in_bytes
 
 
 def memory_bytes(compiled: jax.stages.Compiled) -> int:
@@ -141,7 +149,8 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
     The model: caches keep nothing from one kernel to the next, and everything within a kernel. An operand that a kernel
     takes twice counts once. Of an operand that is sliced or gathered from, the elements that are used count; of one
     that is updated in place, those that are written. A loop counts as often as it runs, a conditional by its dearest
-    branch. Memory is counted by element, not by sector of 32 bytes, which a gather of single elements reads.
+    branch. Memory is counted by element, not by sector of 32 bytes, which a gather of single elements reads. What a
+    Pallas kernel or a library does with its operands nobody knows: they count as a whole.
     """
     program = _parse(compiled)
     return _traffic(program, program["ENTRY"])
@@ -165,6 +174,7 @@ class _Op(NamedTuple):
 
 _Program = dict[str, dict[str, _Op]]  # computations by name, and their operations in order, by name
 
+_IN_PLACE = ("dynamic-update-slice", "scatter")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"}
 
 
@@ -208,12 +218,10 @@ def _children(op: _Op) -> list[str] | None:
     if op.code == "while":
         return ([] if _trips(op) else op.called("condition")) + op.called("body")
     if op.code == "conditional":
-        return [
-            name for key in ("branch_computations", "true_computation", "false_computation") for name in op.called(key)
-        ]
+        return op.called("branch_computations") or op.called("true_computation") + op.called("false_computation")
     if op.code == "call":
         return op.called("to_apply")
-    if op.code.endswith("-start") and op.called("calls"):
+    if op.code == "async-start":
         return op.called("calls")
     return None
 
@@ -225,9 +233,9 @@ def _trips(loop: _Op) -> int:
 
 
 def _kernel(op: _Op) -> Kernel:
-    if op.code == "fusion":
-        kind = re.search(r'"kind":"(__\w+)"', op.rest) or re.search(r"\bkind=k(\w+)", op.rest)
-        return Kernel(op.name, f"{kind[1].lower() if kind else ''} fusion")
+    if op.code in ("fusion", "fusion-start"):
+        kind = "triton" if '"kind":"__triton' in op.rest else re.findall(r"\bkind=k(\w+)", op.rest)[0].lower()
+        return Kernel(op.name, f"{kind} fusion")
     if op.code == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', op.rest)
         name = re.search(r'\bname = "([^"]*)"', op.rest)
@@ -262,13 +270,12 @@ def _traffic(program: _Program, ops: dict[str, _Op]) -> int:
             if op.code == "while" and not _trips(op):
                 raise ValueError(f"Nobody knows how often the loop {op.name} runs.")
             total += max(costs) if op.code == "conditional" else max(1, _trips(op)) * sum(costs)
-        elif op.code.endswith("-done"):
-            start = ops[op.operands[0]]
-            total += 0 if start.called("calls") else _bytes(op.type)
+        elif op.code in ("fusion", "fusion-start"):
+            total += _fusion_bytes(program[op.called("calls")[0]], [_source(ops, name) for name in op.operands])
         elif op.code.endswith("-start"):
             total += sum(_bytes(ops[name].type) for name in set(op.operands))
-        elif op.code == "fusion":
-            total += _fusion_bytes(program[op.called("calls")[0]], [_source(ops, name) for name in op.operands])
+        elif op.code.endswith("-done"):
+            total += 0 if op.code in ("async-done", "fusion-done") else _bytes(op.type)
         elif op.code not in _FREE and not op.code.endswith("-update"):
             names = list(dict.fromkeys(op.operands))
             body = {n: ops[n]._replace(code="parameter", operands=[], rest=f"({i})") for i, n in enumerate(names)}
@@ -293,7 +300,7 @@ def _fusion_bytes(body: dict[str, _Op], sources: list[tuple[str, str]]) -> int:
     for name in root.operands if root.code == "tuple" else [root.name]:
         used[name] += _elements(body[name].type)
         maker = body[_source(body, name)[0]]
-        if maker.code in ("dynamic-update-slice", "scatter"):
+        if maker.code in _IN_PLACE and body[_source(body, maker.operands[0])[0]].code == "parameter":
             updated.add(maker.name)
             written += _bytes(body[maker.operands[-1 if maker.code == "scatter" else 1]].type)
         else:
@@ -315,6 +322,6 @@ def _fusion_bytes(body: dict[str, _Op], sources: list[tuple[str, str]]) -> int:
     for op in body.values():
         if op.code == "parameter":
             source = sources[int(op.rest[1 : op.rest.index(")")])]
-            (size, bits), whole[source] = _arrays(op.type)[0], _bytes(op.type)
-            read[source] += -(-min(used[op.name], size) * bits // 8)
+            size, whole[source] = _elements(op.type), _bytes(op.type)
+            read[source] += whole[source] * min(used[op.name], size) // max(1, size)
     return written + sum(min(count, whole[source]) for source, count in read.items())

@@ -1,0 +1,124 @@
+"""What the compiler for NVIDIA GPUs makes of the loss and of an ensemble's training step. Nothing runs or is timed.
+
+Launches, traffic and memory are facts about a program that can be read without a GPU. They need XLA's compiler for CUDA
+(`pip install -e ".[test,aot]"`, `JAX_PLATFORMS=cpu`).
+"""
+
+import collections
+import functools as ft
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+from eqx_dynloss_kernels.api import Implementation
+
+from eqx_dynloss import train
+from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy
+from eqx_dynloss.models import Myrtle
+from eqx_dynloss.schedule import OscillatingWeights
+from tests.kernels import deviceless
+
+from .report import Row
+from .test_loss import CASES, FUSION, SHORT, optax_mean, weighted_mean
+from .workloads import Workload
+
+pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
+
+GPU = "h100"
+LOSS = "Compiled for an H100: weighted softmax cross-entropy, value and gradient in the logits, of the weighted mean"
+STEP = "Compiled for an H100: one training step of 8 members of Myrtle5-64, minibatch 512, float32, Nesterov momentum"
+MEMBERS, BATCH, WIDTH, CLASSES = 8, 512, 64, 10
+
+
+@pytest.mark.parametrize("workload, dtype", CASES)
+def test_loss(record, workload: Workload, dtype: str):
+    workload = workload.on("gpu") if record.timed else workload.small
+    args = (
+        jax.ShapeDtypeStruct(workload.shape, jnp.dtype(dtype)),
+        jax.ShapeDtypeStruct(workload.batch, jnp.int32),
+        jax.ShapeDtypeStruct((*workload.batch[:-1], workload.classes), jnp.float32),
+    )
+    contestants = {
+        "ours": (weighted_mean(None), {}),
+        "plain": (weighted_mean("xla"), {}),
+        "pallas": (weighted_mean("pallas"), {}),
+        "optax": (optax_mean, {}),
+        "optax+fusion": (optax_mean, {FUSION: True}),
+    }
+    case = f"{workload} {SHORT[dtype]} {'x'.join(map(str, workload.shape))}"
+    both = lambda mean: jax.value_and_grad(mean) if workload.members is None else jax.vmap(jax.value_and_grad(mean))
+    rows = record(
+        lambda: [
+            compiled_row(LOSS, case, name, both(mean), args, options, workload.num_logits)
+            for name, (mean, options) in list(contestants.items())[: None if record.timed else 1]
+        ]
+    )
+    if record.timed:
+        ours, plain, pallas, *_ = [(row.kernels, row.moved_bytes) for row in rows]
+        assert ours in (plain, pallas)
+
+
+@pytest.mark.parametrize("block", [1, MEMBERS], ids=["mapped", "vmapped"])
+def test_ensemble_step(record, block: int):
+    """A block of members at a time, as in `eqx_dynloss.ensemble`. Of a loop over blocks the body is listed once."""
+    implementations: dict[str, Implementation | None] = {"ours": None, "plain loss": "xla", "fused loss": "pallas"}
+    if not record.timed:
+        if block > 1:
+            pytest.skip("one step is enough where nothing is timed")
+        del implementations["plain loss"], implementations["fused loss"]
+    case = "one member after another" if block == 1 else f"{block} members side by side"
+    rows = record(
+        lambda: [
+            compiled_row(STEP, case, name, *ensemble_step(implementation, block), {})
+            for name, implementation in implementations.items()
+        ]
+    )
+    assert all(0 < row.temp_bytes < 80 * 2**30 for row in rows)
+    if record.timed:
+        for row in rows:
+            print(f"{STEP}, {case}, {row.contestant}: {row.kernels}")
+
+
+def ensemble_step(implementation: Implementation | None, block: int):
+    """The step as a function of arrays alone, and the shapes of its arguments."""
+    optimiser = optax.sgd(0.02, 0.9, nesterov=True)
+    make = lambda key: train.init(lambda key: Myrtle(WIDTH, key=key), optimiser, key)
+    states = eqx.filter_eval_shape(eqx.filter_vmap(make), jr.split(jr.key(0), MEMBERS))
+    base = ft.partial(softmax_cross_entropy, implementation=implementation)
+    schedule = eqx.filter_vmap(lambda A: OscillatingWeights(CLASSES, A, 50.0))(jnp.linspace(1.0, 70.0, MEMBERS))
+    members = states, DynamicalLoss(schedule, base)
+    arrays, static = eqx.partition(members, lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
+
+    def step(arrays, images, labels):
+        def one(arrays):
+            state, loss = eqx.combine(arrays, static)
+            return eqx.filter(train.train_step(state, loss, optimiser, images, labels), eqx.is_array)
+
+        return jax.lax.map(one, arrays, batch_size=block)
+
+    images = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
+    return step, (arrays, images, jax.ShapeDtypeStruct((BATCH,), jnp.int32))
+
+
+def compiled_row(subject, case, name, function, args, options, per: int | None = None) -> Row:
+    start = time.perf_counter()
+    compiled = deviceless.compile_for(GPU, function, *args, options=options)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    kernels = deviceless.kernels(compiled)
+    return Row(
+        subject,
+        case,
+        name,
+        compile_s=seconds,
+        temp_bytes=deviceless.temporary_bytes(compiled),
+        peak_bytes=getattr(memory, "peak_memory_in_bytes", None),
+        launches=len(kernels),
+        moved_bytes=deviceless.memory_bytes(compiled),
+        moved_per=per,
+        kernels=dict(collections.Counter(kernel.kind for kernel in kernels)),
+    )

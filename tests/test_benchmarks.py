@@ -1,0 +1,286 @@
+"""The benchmark command: what `--benchmark` does, what happens without it, and whether its numbers can be trusted."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.agreement import require_agreement
+from benchmarks.comparison import rotated
+from benchmarks.contestant import Contestant, jitted
+from benchmarks.device_time import busy_seconds, device_seconds
+from benchmarks.environment import environment
+from benchmarks.report import Row, summary
+from benchmarks.workloads import ACCELERATOR_LOGITS, WORKLOADS
+
+ROOT = Path(__file__).parents[1]
+
+# What the contestants of `test_sleepers` were called for goes into a file, in the order of the calls.
+EXAMPLE = """
+import time
+from pathlib import Path
+
+from benchmarks.comparison import Work
+from benchmarks.contestant import Absent, Contestant
+
+def sleeper(name, seconds, result=1.0):
+    def call():
+        with Path("calls").open("a") as file:
+            print(name, file=file)
+        time.sleep(seconds)
+        return result
+
+    return Contestant(name, call)
+
+def test_sleepers(compare):
+    entrants = [sleeper("fast", 0.01), Absent("missing", "no such thing"), sleeper("slow", 0.03), sleeper("same", 0.01)]
+    work = Work(amount=0.5, unit="GB", counts="nothing")
+    rows = compare("sleep", "10 ms", entrants, expected=1.0, work=work, budget_s=0.2, min_rounds=15)
+    assert len(rows) == (4 if compare.timed else 0)
+
+def test_disagreement(compare):
+    compare("sleep", "disagreement", [sleeper("one", 0), sleeper("two", 0, 1.1)])
+
+def test_all_but_agreement(compare):
+    compare("sleep", "tolerance", [sleeper("one", 0), sleeper("two", 0, 1.1)], tolerance=0.2, budget_s=0)
+
+def test_without_comparison(benchmark):
+    benchmark(sum, [1, 2])
+"""
+
+
+class Run(NamedTuple):
+    folder: Path
+    stdout: str
+
+
+def run_pytest(*arguments, cwd):
+    """Runs pytest in a process of its own, on a CPU; returns it when it is done."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": "", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def write_example(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "test_example.py").write_text(EXAMPLE, encoding="utf-8")
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\naddopts = --strict-markers\n", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """The example with the flag."""
+    folder = tmp_path_factory.mktemp("timed")
+    write_example(folder)
+    done = run_pytest("-p", "benchmarks.conftest", "--benchmark", cwd=folder)
+    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    return Run(folder, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def untimed(tmp_path_factory):
+    """The example without the flag, in a folder whose conftest is found when the command line has long been read."""
+    folder = tmp_path_factory.mktemp("untimed")
+    write_example(folder / "inner")
+    (folder / "inner" / "pytest.ini").rename(folder / "pytest.ini")
+    (folder / "inner" / "conftest.py").write_text("from benchmarks.conftest import *", encoding="utf-8")
+    done = run_pytest(cwd=folder)
+    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    return Run(folder, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def report(timed):
+    (path,) = (timed.folder / "results").glob("benchmark-*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_flag_is_off_unless_given(untimed):
+    """Every contestant is called once, nothing is timed and nothing is written."""
+    assert (untimed.folder / "calls").read_text().split() == ["fast", "slow", "same", "one", "two", "one", "two"]
+    assert not (untimed.folder / "results").exists()
+    assert "= benchmarks =" not in untimed.stdout
+    assert "test_sleepers" not in untimed.stdout  # in pytest-benchmark's own table
+
+
+def test_ratios_are_those_of_the_times(report):
+    ratios = {row["contestant"]: row["ratio"] for row in report["rows"] if row["case"] == "10 ms"}
+    assert ratios["fast"] == [1, 1, 1]
+    assert 2 < ratios["slow"][1] < 4
+    assert 0.6 < ratios["same"][1] < 1.7
+    assert all(low <= middle <= high for low, middle, high in filter(None, ratios.values()))
+
+
+def test_rates_are_work_over_time(report):
+    row = next(row for row in report["rows"] if row["contestant"] == "slow")
+    assert 0.03 <= row["seconds"] < 0.06
+    assert row["rate"] == pytest.approx(0.5 / row["seconds"])
+    assert row["copy_share"] == pytest.approx(row["rate"] / report["copy_gigabytes_per_second"])
+    assert (row["rate_unit"], row["work"]) == ("GB", "nothing")
+
+
+def test_rounds_are_interleaved(timed, report):
+    """Before the rounds, each is called for the check and for rehearsals; in them, each time first untimed."""
+    calls = (timed.folder / "calls").read_text().split()
+    calls = calls[: calls.index("one")]
+    names, rounds = ["fast", "slow", "same"], report["rows"][0]["rounds"]
+    assert rounds >= 15
+    expected = [names[(start + i) % 3] for start in range(rounds) for i in range(3) for _ in range(2)]
+    assert calls[-len(expected) :] == expected
+    data = report["benchmarks"][0]["stats"]["data"]
+    assert len(data) == 3 * rounds
+    first = [data[3 * start + (0 - start) % 3] for start in range(rounds)]
+    assert np.median(first) == report["rows"][0]["seconds"]
+
+
+def test_contestants_that_disagree_fail(timed, untimed, report):
+    for run in (timed, untimed):
+        assert re.search(r"^FAILED .*::test_disagreement - AssertionError: ", run.stdout, re.MULTILINE)
+        assert "two: leaf 0 is off by 1.00e-01, allowed" in run.stdout
+        assert "ERROR" not in run.stdout
+    assert "disagreement" not in {row["case"] for row in report["rows"]}
+
+
+def test_the_table_is_printed_instead_of_the_mixed_one(timed):
+    table = timed.stdout[timed.stdout.index("= benchmarks =") :]
+    assert re.search(r"^10 ms +fast .*^ +missing +absent: no such thing$.*^ +slow ", table, re.DOTALL | re.MULTILINE)
+    assert "GB: nothing." in table
+    assert re.search(r"All numbers: .*results.benchmark-\d{8}T\d{6}Z\.json", table)
+    assert "test_without_comparison" in timed.stdout and "test_sleepers" not in timed.stdout
+
+
+def test_the_file_names_machine_and_versions(report):
+    info = report["machine_info"]
+    assert info["python_version"] == ".".join(map(str, sys.version_info[:3]))
+    assert info["jax"] == jax.__version__ and info["numpy"] == np.__version__
+    assert {"jaxlib", "optax", "torch", "device_kind", "devices", "cpu_count"} <= info.keys()
+    assert info["platform"] == "cpu"
+
+
+def test_the_path_can_be_chosen(tmp_path):
+    """Also for a benchmark that only uses pytest-benchmark's own fixture."""
+    write_example(tmp_path)
+    path = tmp_path / "a" / "b.json"
+    arguments = ["--benchmark", f"--benchmark-json={path}", "-k", "without_comparison"]
+    done = run_pytest("-p", "benchmarks.conftest", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    assert len(report["benchmarks"]) == 1 and report["rows"] == []
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_selects_nothing_is_no_error(tmp_path):
+    write_example(tmp_path)
+    done = run_pytest("-p", "benchmarks.conftest", "--benchmark", "--collect-only", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments, code", [
+    (["--benchmark", "benchmarks", "tests/test_readme.py"], 0),
+    (["-o", "testpaths=benchmarks", "--benchmark"], 0),
+    (["benchmarks", "--benchmark", "--benchmark-disable"], 4),
+])  # fmt: skip
+def test_the_flag_is_found_however_the_benchmarks_are(arguments, code):
+    done = run_pytest("--collect-only", "--quiet", *arguments, cwd=ROOT)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("benchmarks/test_loss.py::test_loss[imagenet-float32]" in done.stdout) == (code == 0)
+
+
+def test_every_place_in_a_round_is_had_equally_often():
+    contestants = [Contestant(name, lambda: None) for name in "abc"]
+    order = "".join(contestant.name for contestant in rotated(contestants, 4))
+    assert order == "abc" + "bca" + "cab" + "abc"
+
+
+@pytest.mark.parametrize("actual, expected", [
+    (jnp.ones(3) + 1e-6, np.ones(3)),
+    (jnp.ones(3, jnp.bfloat16), np.array([1.001, 1.0, 0.999])),
+    ((jnp.zeros(2), 1.0), (np.zeros(2), 1.0)),
+])  # fmt: skip
+def test_what_agrees(actual, expected):
+    require_agreement("it", actual, expected)
+
+
+@pytest.mark.parametrize("actual, expected", [
+    (jnp.ones(3) + 1e-4, np.ones(3)),
+    (jnp.array([1.0, 1.01e-3]), np.array([1.0, 1.1e-3])),
+    (jnp.array([1.0, jnp.nan]), np.ones(2)),
+    (jnp.ones((3, 1)), np.ones(3)),
+    ((jnp.ones(1),), jnp.ones(1)),
+    (jnp.full(2, 1e-30), np.zeros(2)),
+])  # fmt: skip
+def test_what_does_not_agree(actual, expected):
+    with pytest.raises(AssertionError, match="it"):
+        require_agreement("it", actual, expected)
+
+
+def test_a_jitted_contestant_knows_what_its_compilation_cost():
+    contestant = jitted("sum", lambda x, y: jnp.sum(x) + y, jnp.ones(1000), jnp.ones(()))
+    assert contestant.call() == 1001
+    assert contestant.lower_s and contestant.compile_s
+    assert contestant.temp_bytes is not None and contestant.peak_bytes is not None
+    assert contestant.peak_bytes >= 4000
+
+
+def test_device_time_is_the_union_of_a_gpus_streams():
+    """A synthetic profile: two streams that overlap, a line that repeats them, and the host."""
+    profile = jax.profiler.ProfileData.from_text_proto("""
+        planes { name: "/device:GPU:0" event_metadata { key: 1 value { id: 1 name: "kernel" } }
+          lines { name: "Stream #7" timestamp_ns: 100
+            events { metadata_id: 1 offset_ps: 0 duration_ps: 5000000 }
+            events { metadata_id: 1 offset_ps: 20000000 duration_ps: 1000000 } }
+          lines { name: "Stream #8" timestamp_ns: 100
+            events { metadata_id: 1 offset_ps: 3000000 duration_ps: 4000000 } }
+          lines { name: "XLA Ops" timestamp_ns: 100
+            events { metadata_id: 1 offset_ps: 0 duration_ps: 90000000 } } }
+        planes { name: "/host:CPU" lines { name: "python"
+            events { metadata_id: 1 offset_ps: 0 duration_ps: 90000000 } } }
+    """)
+    assert busy_seconds(profile.planes) == pytest.approx(8e-6)
+
+
+def test_no_device_time_without_a_gpu():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    contestant = jitted("double", lambda x: 2 * x, jnp.ones(10))
+    assert device_seconds(contestant.call, repeats=2) is None
+
+
+def test_the_table_fits_and_leaves_out_what_nobody_measured():
+    timed = Row(
+        "s", "c", "first", seconds=1.5e-6, ratio=(1, 1, 1), rate=12345.0, rate_unit="GB", work="x", temp_bytes=0
+    )
+    lines = summary([timed, Row("s", "c", "second", absent="because " * 40)], copy_rate=None)
+    assert max(map(len, lines)) <= 120
+    assert "device ms" not in "".join(lines) and "peak MiB" not in "".join(lines)
+    assert lines[-2].split() == ["c", "first", "0.0015", "1.00", "12345", "GB/s", "0"]
+    assert lines[-1].split()[:2] == ["second", "absent:"]
+
+
+def test_the_environment_is_serialisable():
+    assert json.loads(json.dumps(environment())) == environment()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_workloads(workload):
+    assert workload.shape == (*workload.batch, workload.classes)
+    assert workload.num_logits == math.prod(workload.shape)
+    assert workload.on("cpu") == workload
+    assert workload.num_logits < ACCELERATOR_LOGITS / 8
+    assert workload.small.classes == workload.classes and workload.small.num_logits < 2**20
+    large = workload.on("gpu")
+    assert large.classes == workload.classes and large.rows % workload.rows == 0 and large.rows // workload.rows % 2
+    assert large == workload or 0.7 * ACCELERATOR_LOGITS < large.num_logits <= ACCELERATOR_LOGITS
+
+
+def test_names_of_workloads_are_unique():
+    assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS)
