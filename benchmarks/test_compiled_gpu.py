@@ -20,7 +20,7 @@ from eqx_dynloss import train
 from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
-from tests.kernels import deviceless
+from tests.kernels import deviceless, hlo
 
 from .report import Row
 from .test_loss import CASES, FUSION, SHORT, optax_mean, weighted_mean
@@ -109,16 +109,16 @@ def compiled_row(subject, case, name, function, args, options, per: int | None =
     compiled = deviceless.compile_for(GPU, function, *args, options=options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    kernels = deviceless.kernels(compiled)
+    kernels = hlo.kernels(compiled)
     return Row(
         subject,
         case,
         name,
         compile_s=seconds,
-        temp_bytes=deviceless.temporary_bytes(compiled),
+        temp_bytes=hlo.temporary_bytes(compiled),
         peak_bytes=getattr(memory, "peak_memory_in_bytes", None),
         launches=len(kernels),
-        moved_bytes=deviceless.memory_bytes(compiled),
+        moved_bytes=hlo.memory_bytes(compiled),
         moved_per=per,
         kernels=dict(collections.Counter(kernel.kind for kernel in kernels)),
     )

@@ -53,14 +53,14 @@ def worthwhile(logits) -> bool:
     - Outside `jax.shard_map`, with several devices, the compiler may have to divide the program, and would gather all
       logits on every device for a kernel that it cannot look into.
     - With fewer rows than about half of the multiprocessors, programs of one row each leave most of a GPU idle. XLA
-      splits the rows, and reading them twice is the smaller evil.
+      splits rows of more than 16,384 classes, and reading them twice is the smaller evil.
     """
     num_classes = logits.shape[-1]
     axis_types = jax.typeof(logits).sharding.mesh.axis_types
     is_manual = bool(axis_types) and all(kind == jax.sharding.AxisType.Manual for kind in axis_types)
     if jax.device_count() > 1 and not is_manual:
         return False
-    if num_classes > _WHOLE_ROW and logits.size // num_classes < 64:
+    if num_classes > 16384 and logits.size // num_classes < 64:
         return False
     return num_classes >= 64 or logits.size >= 2**19
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.workloads import WORKLOADS
 
-from . import deviceless
+from . import deviceless, hlo
 from .deviceless import NO_SPILLS, compile_for
 
 pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
@@ -46,10 +46,10 @@ def rows(num_classes):
 def test_the_forward_pass_is_one_kernel_that_reads_the_logits_once(num_classes, dtype, gpu):
     args = problem((rows(num_classes),), num_classes, dtype)
     compiled = compile_for(gpu, loss, *args, options=NO_SPILLS)
-    assert [kernel.kind for kernel in deviceless.kernels(compiled)] == ["pallas"]
+    assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
     per_row = 4 * (1 + 3)  # a label, and three results; class weights are a rounding error from here on
     logits = args[0].size * args[0].dtype.itemsize
-    assert deviceless.memory_bytes(compiled) == pytest.approx(logits + per_row * rows(num_classes), rel=0.07)
+    assert hlo.memory_bytes(compiled) == pytest.approx(logits + per_row * rows(num_classes), rel=0.07)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -58,11 +58,11 @@ def test_the_forward_pass_is_one_kernel_that_reads_the_logits_once(num_classes, 
 def test_value_and_gradient_compile_without_spills_or_large_temporaries(num_classes, dtype, gpu):
     args = problem((rows(num_classes),), num_classes, dtype)
     compiled = compile_for(gpu, value_and_grad(loss), *args, options=NO_SPILLS)
-    kinds = [kernel.kind for kernel in deviceless.kernels(compiled)]
+    kinds = [kernel.kind for kernel in hlo.kernels(compiled)]
     assert kinds.count("pallas") == 1
-    assert deviceless.temporary_bytes(compiled) <= 40 * rows(num_classes) + 2**20  # numbers by row, never by logit
+    assert hlo.temporary_bytes(compiled) <= 40 * rows(num_classes) + 2**20  # numbers by row, never by logit
     if num_classes >= 1000:
-        per_logit = deviceless.memory_bytes(compiled) / args[0].size
+        per_logit = hlo.memory_bytes(compiled) / args[0].size
         assert per_logit == pytest.approx(12 if dtype == "float32" else 6, rel=0.03)
 
 
@@ -75,7 +75,7 @@ def test_every_option_compiles_into_the_same_one_kernel(num_classes, dtype, opti
     args = *problem((512,), num_classes, dtype), jax.ShapeDtypeStruct((512,), jnp.bool_)
     masked = lambda x, y, w, mask: loss(x, y, w, where=mask, **options)
     compiled = compile_for("h100", masked, *args, options=NO_SPILLS)
-    assert [kernel.kind for kernel in deviceless.kernels(compiled)] == ["pallas"]
+    assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
     compile_for("h100", value_and_grad(masked), *args, options=NO_SPILLS)
 
 
@@ -95,7 +95,7 @@ def test_logits_are_loaded_16_bytes_at_a_time_where_every_row_starts_on_such_a_b
 def test_mapped_members_are_rows_of_one_launch(dtype, implementation):
     args = problem((8, 512), 1000, dtype, 8)
     compiled = compile_for("h100", jax.vmap(ft.partial(loss, implementation=implementation)), *args, options=NO_SPILLS)
-    assert deviceless.kernels(compiled) == [deviceless.Kernel("weighted_xent", "pallas")]
+    assert hlo.kernels(compiled) == [hlo.Kernel("weighted_xent", "pallas")]
     assert f"[{8 * 512},1000]" in (compiled.as_text() or "")
 
 
@@ -114,19 +114,19 @@ def test_inside_shard_map_the_logits_stay_where_they_are(implementation):
         out_specs=sharded,
     )
     compiled = compile_for("h100", local, *args, options=NO_SPILLS)
-    assert deviceless.collectives(compiled) == []
-    assert [kernel.kind for kernel in deviceless.kernels(compiled)] == ["pallas"]
+    assert hlo.collectives(compiled) == []
+    assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
     compiled = compile_for("h100", value_and_grad(local), *args, options=NO_SPILLS)
-    assert set(deviceless.collectives(compiled)) <= {"all-reduce"}  # of the mean
+    assert set(hlo.collectives(compiled)) <= {"all-reduce"}  # of the mean
 
 
 @pytest.mark.parametrize("num_classes", [10, 1000, 32768])
 def test_plain_jax_makes_no_float32_copy_of_bfloat16_logits(num_classes):
     args = problem((rows(num_classes),), num_classes, "bfloat16")
     compiled = compile_for("h100", value_and_grad(ft.partial(loss, implementation="xla")), *args)
-    assert deviceless.temporary_bytes(compiled) <= 40 * rows(num_classes) + 2**21
+    assert hlo.temporary_bytes(compiled) <= 40 * rows(num_classes) + 2**21
     if num_classes >= 1000:
-        assert deviceless.memory_bytes(compiled) / args[0].size == pytest.approx(8, rel=0.05)
+        assert hlo.memory_bytes(compiled) / args[0].size == pytest.approx(8, rel=0.05)
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
@@ -138,7 +138,7 @@ def test_hessian_vector_products_compile(implementation):
         return jax.jvp(gradient, (x,), (x,))
 
     compiled = compile_for("h100", product, *args, options=NO_SPILLS)
-    kinds = [kernel.kind for kernel in deviceless.kernels(compiled)]
+    kinds = [kernel.kind for kernel in hlo.kernels(compiled)]
     assert kinds.count("pallas") == (implementation == "pallas")
 
 
@@ -150,4 +150,4 @@ def test_what_none_chooses_compiles_for_every_workload(workload):
         step = jax.value_and_grad(mean) if not members else jax.vmap(jax.value_and_grad(mean))
         args = problem(workload.on("gpu").batch, workload.classes, dtype, *members)
         compiled = compile_for("h100", step, *args, options=NO_SPILLS)
-        assert deviceless.temporary_bytes(compiled) <= 40 * args[1].size + 2**20
+        assert hlo.temporary_bytes(compiled) <= 40 * args[1].size + 2**20

@@ -7,8 +7,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import deviceless
-from .deviceless import NO_SPILLS, compile_for, memory_bytes
+from . import deviceless, hlo
+from .deviceless import NO_SPILLS, compile_for
+from .hlo import memory_bytes
 
 pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
 
@@ -62,7 +63,7 @@ def test_spills_of_kernels_that_xla_wrote_count_too():
         return total
 
     compile_for("h100", there_and_back, floats(20, N), options=NO_SPILLS)
-    listed = deviceless.kernels(compile_for("h100", there_and_back, floats(80, N)))
+    listed = hlo.kernels(compile_for("h100", there_and_back, floats(80, N)))
     assert [kernel.kind for kernel in listed] == ["loop fusion"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
         compile_for("h100", there_and_back, floats(80, N), options=NO_SPILLS)
@@ -101,7 +102,7 @@ TRAFFIC = {
     "a matrix product with itself": (lambda x: x @ x, (floats(1024, 1024),), 8 * N),
     "two passes": (lambda x: x - jnp.sum(x), (floats(N),), 12 * N),
     "a loop": (looped, (floats(N),), (1 + 10) * 8 * N),  # XLA copies its argument first
-    # The step, and two copies, into the stack and of the stack's part, on top of what the stack starts from.
+    # On top of the steps: the stack starts as zeros, and every state is copied into it.
     "a loop that stacks": (stacked, (floats(N),), (1 + 10) * 8 * N + 10 * (4 + 8) * N),
     "a conditional, by its dearer branch": (branched, (jax.ShapeDtypeStruct((), jnp.bool_), floats(N)), 16 * N),
     "a Pallas kernel": (lambda x: shifted(x, 1024, 4), (floats(N),), 8 * N),
@@ -135,7 +136,7 @@ def test_an_update_of_an_argument_that_is_not_donated_copies_it():
 def test_a_loop_of_unknown_length_has_no_traffic_to_report():
     halved = lambda x: jax.lax.while_loop(lambda x: x[0] > 1, lambda x: x / 2, x)
     compiled = compile_for("h100", halved, floats(N))
-    assert len(deviceless.kernels(compiled)) >= 2
+    assert len(hlo.kernels(compiled)) >= 2
     with pytest.raises(ValueError, match="how often the loop"):
         memory_bytes(compiled)
 
@@ -145,7 +146,7 @@ def test_kernels_are_listed_in_order_with_their_kinds():
         return jnp.sum(shifted(jnp.tanh(x), 1024, 4, name="mine")), y @ y
 
     square = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
-    listed = deviceless.kernels(compile_for("h100", function, floats(N), square))
+    listed = hlo.kernels(compile_for("h100", function, floats(N), square))
     kinds = [kernel.kind for kernel in listed]
     assert sorted(kinds) == ["input fusion", "input fusion", "loop fusion", "pallas", "triton fusion"]
     assert kinds.index("loop fusion") < kinds.index("pallas") < kinds.index("input fusion")
@@ -156,37 +157,37 @@ def test_a_convolution_is_a_call_of_cudnn():
     layout = ("NHWC", "HWIO", "NHWC")
     conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout)
     compiled = compile_for("h100", conv, floats(8, 32, 32, 64), floats(3, 3, 64, 64))
-    assert "__cudnn$convForward" in [kernel.kind for kernel in deviceless.kernels(compiled)]
+    assert "__cudnn$convForward" in [kernel.kind for kernel in hlo.kernels(compiled)]
 
 
 def test_what_loops_and_conditionals_launch_is_listed_once():
-    kinds = [kernel.kind for kernel in deviceless.kernels(compile_for("h100", looped, floats(N)))]
+    kinds = [kernel.kind for kernel in hlo.kernels(compile_for("h100", looped, floats(N)))]
     assert kinds.count("loop fusion") == 2  # the step and the loop's counter
-    kinds = [kernel.kind for kernel in deviceless.kernels(compile_for("h100", stacked, floats(N)))]
+    kinds = [kernel.kind for kernel in hlo.kernels(compile_for("h100", stacked, floats(N)))]
     assert set(kinds) <= {"copy", "loop fusion", "custom fusion"}
     predicate = jax.ShapeDtypeStruct((), jnp.bool_)
-    kinds = [kernel.kind for kernel in deviceless.kernels(compile_for("h100", branched, predicate, floats(N)))]
+    kinds = [kernel.kind for kernel in hlo.kernels(compile_for("h100", branched, predicate, floats(N)))]
     assert kinds.count("pallas") == 1 + 2
 
 
 def test_temporaries_are_what_lies_between_kernels():
-    assert deviceless.temporary_bytes(compile_for("h100", lambda x: x + 1, floats(N))) == 0
+    assert hlo.temporary_bytes(compile_for("h100", lambda x: x + 1, floats(N))) == 0
     twice = lambda x: shifted(shifted(x, 1024, 4), 2048, 4)
-    assert deviceless.temporary_bytes(compile_for("h100", twice, floats(N))) == pytest.approx(4 * N, rel=0.01)
+    assert hlo.temporary_bytes(compile_for("h100", twice, floats(N))) == pytest.approx(4 * N, rel=0.01)
 
 
 def test_communication_is_found_where_there_is_some():
     mesh = deviceless.mesh("h100", data=8)
     sharded = NamedSharding(mesh, PartitionSpec("data"))
     x = floats(N, sharding=sharded)
-    assert deviceless.collectives(compile_for("h100", lambda x: x + 1, x)) == []
-    assert deviceless.collectives(compile_for("h100", jnp.sum, x)) == ["all-reduce"]
+    assert hlo.collectives(compile_for("h100", lambda x: x + 1, x)) == []
+    assert hlo.collectives(compile_for("h100", jnp.sum, x)) == ["all-reduce"]
     # XLA cannot look into a Pallas kernel, and gives it all of the array on every GPU; a shard_map says not to.
     function = lambda x: shifted(x, 1024, 4)
-    assert deviceless.collectives(compile_for("h100", function, x)) == ["all-gather"]
+    assert hlo.collectives(compile_for("h100", function, x)) == ["all-gather"]
     spec = sharded.spec
     local = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    assert deviceless.collectives(compile_for("h100", local, x)) == []
+    assert hlo.collectives(compile_for("h100", local, x)) == []
 
 
 def test_traffic_is_counted_on_one_gpu():

@@ -194,7 +194,15 @@ def test_a_scan_launches_once_a_step():
 
 @pytest.mark.parametrize(
     "num_rows, num_classes, fused",
-    [(4096, 10, False), (65536, 10, True), (512, 64, True), (63, 8193, False), (64, 8193, True), (1, 262144, False)],
+    [
+        (4096, 10, False),
+        (65536, 10, True),
+        (512, 64, True),
+        (63, 16384, True),
+        (63, 16385, False),
+        (64, 16385, True),
+        (1, 262144, False),
+    ],
 )
 def test_none_takes_the_kernel_where_it_is_worth_it(num_rows, num_classes, fused):
     args = struct((num_rows, num_classes)), struct((num_rows,), "int32"), struct((num_classes,))
