@@ -53,7 +53,7 @@ def softmax_cross_entropy(
     **Arguments:**
 
     - `logits`: unnormalised log-probabilities; −inf rules a class out. float16 and bfloat16 are computed in float32. A
-        row that rules out every class, or holds +inf or NaN, gives NaN unless `where` masks it.
+        row that rules out every class, or holds +inf or NaN, gives NaN or +inf unless `where` masks it.
     - `labels`: class indices, of any integer dtype. A label out of range gives NaN (and no gradient) unless `where`
         masks it.
     - `class_weights`: one non-negative weight per class; `None` is all ones.

@@ -32,8 +32,8 @@ def weighted_xent(
     - `where`: examples that count; the others have loss and logsumexp 0, and no gradient.
     - `label_smoothing`: the share of the target that is spread evenly over the classes, each with its own weight.
     - `z_loss`: coefficient of the squared logsumexp in the loss.
-    - `implementation`: `"xla"` is plain JAX, `"pallas"` the kernel for NVIDIA GPUs. `None` picks by platform, dtype and
-        size. A named one works or raises.
+    - `implementation`: `"xla"` is plain JAX, `"pallas"` the kernel for NVIDIA GPUs, Ampere or later. `None` picks by
+        platform, dtype and size. A named one works or raises. To export a program, name `"xla"`.
 
     **Returns:** `(loss, logsumexp)`, float32, or float64 for float64 logits.
 
@@ -42,8 +42,17 @@ def weighted_xent(
     """
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f'implementation must be None, "xla" or "pallas", got {implementation!r}.')
-    if implementation == "pallas" and (reason := launch.obstacle(logits)):
+    logits, labels, class_weights = jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(class_weights)
+    where = None if where is None else jnp.asarray(where)
+    *batch, num_classes = logits.shape
+    expected = [(*batch,), (num_classes,), (*batch,)]
+    shapes = [labels.shape, class_weights.shape, where.shape if where is not None else (*batch,)]
+    if shapes != expected:
+        raise ValueError(
+            f"logits of shape {logits.shape} need labels, class_weights and where of shapes {expected}, got {shapes}."
+        )
+    if implementation == "pallas" and 0 not in logits.shape and (reason := launch.obstacle(logits)):
         raise ValueError(f'implementation="pallas" cannot be used here: {reason}. "xla" and None can.')
-    options = Options(label_smoothing, z_loss, implementation)
+    options = Options(float(label_smoothing), float(z_loss), implementation)
     loss, total, shift = forward(options, logits, labels, class_weights, where)
     return loss, jnp.log(total) + shift

@@ -1,10 +1,10 @@
 r"""The operation: its derivatives, how it is mapped, and which implementation computes its value.
 
-Three layers, each the only one to know its part. The outer one is a `custom_jvp` whose rule is plain JAX: it needs
-nothing but the value's own by-products, it can be differentiated again, and its transpose p − q is one fused pass over
-the logits that XLA writes as well as we could. The second is a `custom_vmap` that turns mapped axes into further batch
-axes, so that a kernel sees one large problem instead of many small ones. The third picks the kernel or plain JAX when
-the program is lowered, by its platform.
+Two layers. The outer one is a `custom_jvp` whose rule is plain JAX: it needs nothing but the value's own by-products,
+it can be differentiated again, and its transpose p − q is one fused pass over the logits that XLA writes as well as we
+could. The inner one, the value alone, is a primitive. Its batching rule turns mapped axes into further batch axes, so
+that a kernel sees one large problem instead of many small ones; and what it lowers to depends on the platform, which
+is known only then: the kernel for CUDA, if it is possible and worth it, and plain JAX elsewhere.
 """
 
 import functools as ft
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 from . import launch, plain
 
@@ -32,9 +32,10 @@ class Options(NamedTuple):
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def forward(options: Options, logits, labels, class_weights, where):
     """As `plain.forward`: (loss, total, shift)."""
-    if options.implementation == "xla" or not launch.possible(logits):
-        return plain.forward(logits, labels, class_weights, where, options.label_smoothing, options.z_loss)
-    return _mapped(options)(logits, labels, class_weights, where)
+    args = [logits, labels, class_weights] + ([] if where is None else [where])
+    if options.implementation == "xla" or launch.obstacle(logits):
+        return tuple(_plain(*args, options=options))
+    return tuple(_value.bind(*_vary_alike(args), options=options))
 
 
 @ft.partial(forward.defjvp, symbolic_zeros=True)
@@ -86,46 +87,98 @@ def _is_zero(tangent) -> bool:
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
-def _mapped(options: Options):
-    """The value alone. Class weights may have leading axes: they are the first batch axes, and the mapped ones."""
-
-    @jax.custom_batching.custom_vmap
-    def value(logits, labels, class_weights, where):
-        on_cuda, elsewhere = ft.partial(_fused, options), ft.partial(_plain, options)
-        if options.implementation == "pallas":
-            return lax.platform_dependent(
-                logits, labels, class_weights, where, cuda=on_cuda, default=ft.partial(_refused, options)
-            )
-        if not launch.worthwhile(logits):
-            return elsewhere(logits, labels, class_weights, where)
-        return lax.platform_dependent(logits, labels, class_weights, where, cuda=on_cuda, default=elsewhere)
-
-    @value.def_vmap
-    def fold(axis_size, in_batched, logits, labels, class_weights, where):
-        logits_batched, labels_batched, weights_batched, where_batched = in_batched
-        if not logits_batched and options.implementation is None:
-            # Several losses of the same logits: XLA reads them once, the kernel would need a copy for each.
-            axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
-            return jax.vmap(ft.partial(_plain, options), axes)(logits, labels, class_weights, where), (True,) * 3
-        stack = lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        logits, labels = stack(logits, logits_batched), stack(labels, labels_batched)
-        if weights_batched or class_weights.ndim > 1:
-            class_weights = stack(class_weights, weights_batched)
-        if where is not None:
-            where = stack(where, where_batched)
-        return value(logits, labels, class_weights, where), (True,) * 3
-
-    return value
+# The value: of logits, labels, class weights and, if there is one, the mask. Class weights may have leading axes: they
+# are the first batch axes, and the mapped ones.
+_value = Primitive("weighted_xent")
+_value.multiple_results = True
 
 
-def _plain(options, logits, labels, class_weights, where):
+@_value.def_impl
+def _call(*args, options):
+    return _compiled(options)(*args)
+
+
+@ft.cache
+def _compiled(options: Options):
+    return jax.jit(ft.partial(_value.bind, options=options))
+
+
+@_value.def_abstract_eval
+def _types(logits, labels, *_, options):
+    return [labels.update(dtype=jnp.float32, weak_type=False)] * 3
+
+
+def _fold(args, axes, *, options):
+    logits, labels, class_weights, *_ = args
+    if axes[0] != 0 and options.implementation is None:
+        # Several losses of the same logits: XLA reads them once, the kernel would need a copy for each. And where the
+        # mapped axis is not the first, it would need one with the axes exchanged.
+        softmax = 0 if axes[0] is not None or any(axis is not None for axis in axes[3:]) else None
+        out_axes = [0, softmax, softmax]
+        return jax.vmap(ft.partial(_plain, options=options), axes, out_axes)(*args), out_axes
+    size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
+
+    def stack(x, axis):
+        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+
+    shared = axes[2] is None and class_weights.ndim == 1
+    args = [x if shared and x is class_weights else stack(x, axis) for x, axis in zip(args, axes, strict=True)]
+    return _value.bind(*args, options=options), [0, 0, 0]
+
+
+batching.primitive_batchers[_value] = _fold
+
+
+def _jvp(primals, tangents, *, options):
+    # For the outer rule's sake: JAX 0.10 takes it off in what jax.checkpoint recomputes.
+    active = [i for i, tangent in enumerate(tangents) if i in (0, 2) and not isinstance(tangent, ad.Zero)]
+
+    def function(*values):
+        logits, labels, class_weights, *where = (dict(zip(active, values, strict=True)).get(i, x) for i, x in fixed)
+        f = ft.partial(forward, options)
+        for _ in class_weights.shape[:-1]:
+            f = jax.vmap(f)
+        return list(f(logits, labels, class_weights, where[0] if where else None))
+
+    fixed = list(enumerate(primals))
+    return jax.jvp(function, [primals[i] for i in active], [tangents[i] for i in active])
+
+
+ad.primitive_jvps[_value] = _jvp
+
+
+def _lower_for_cuda(context, *args, options):
+    logits = context.avals_in[0]
+    if options.implementation == "pallas":
+        return _lower(_fused, context, args, options)
+    if not launch.worthwhile(logits):
+        return _lower(_plain, context, args, options)
+    try:
+        return _lower(_fused, context, args, options)
+    except Exception:  # whatever a future JAX or an unknown GPU may object to: nobody asked for the kernel by name
+        return _lower(_plain, context, args, options)
+
+
+def _lower_elsewhere(context, *args, options):
+    return _lower(_plain if options.implementation is None else _refused, context, args, options)
+
+
+def _lower(function, context, args, options):
+    return mlir.lower_fun(function, multiple_results=True)(context, *args, options=options)
+
+
+mlir.register_lowering(_value, _lower_elsewhere)
+mlir.register_lowering(_value, _lower_for_cuda, platform="cuda")
+
+
+def _plain(logits, labels, class_weights, where=None, *, options):
     function = ft.partial(plain.forward, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
     for _ in class_weights.shape[:-1]:
         function = jax.vmap(function)
-    return function(logits, labels, class_weights, where)
+    return list(function(logits, labels, class_weights, where))
 
 
-def _fused(options, logits, labels, class_weights, where):
+def _fused(logits, labels, class_weights, where=None, *, options):
     from . import triton  # Pallas for Triton is not in every version of JAX
 
     num_classes = logits.shape[-1]
@@ -137,24 +190,18 @@ def _fused(options, logits, labels, class_weights, where):
         options.label_smoothing,
         options.z_loss,
     )
-    return tuple(x.reshape(labels.shape) for x in outputs)
+    return [x.reshape(labels.shape) for x in outputs]
 
 
-_only_on_cuda = Primitive("weighted_xent_only_on_cuda")
-_only_on_cuda.def_abstract_eval(lambda x: x)
-
-
-def _refused(options, logits, *args):
-    """Raises where the platform becomes known: when it is lowered for another one than CUDA, or called there."""
-    return _plain(options, _only_on_cuda.bind(logits), *args)
-
-
-@_only_on_cuda.def_impl
-def _raise(*_):
+def _refused(*_, options):
     raise ValueError(
-        'implementation="pallas" is for NVIDIA GPUs, and this program is for another platform: use "xla", or None, '
-        "which picks what fits."
+        f'implementation="{options.implementation}" is for NVIDIA GPUs, and this program is for another platform: use '
+        '"xla", or None, which picks what fits.'
     )
 
 
-mlir.register_lowering(_only_on_cuda, _raise)
+def _vary_alike(args):
+    """Inside `shard_map`, marks all arguments as varying over the mesh axes that any of them varies over."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in args]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(args, missing, strict=True)]

@@ -29,6 +29,8 @@ def forward(
     """As `plain.forward`, but the rows come in equal groups that have class weights of their own."""
     num_rows, num_classes = logits.shape
     block_rows, block_columns, num_warps = launch(num_rows, num_classes, logits.dtype.itemsize)
+    if class_weights.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        class_weights = class_weights.astype(jnp.float32)
     args = [labels, class_weights.reshape(-1), logits] + ([] if where is None else [where])
     by_row = pl.BlockSpec((block_rows,), lambda i: (i,))
     whole = pl.BlockSpec((class_weights.size,), lambda i: (0,))
@@ -42,12 +44,14 @@ def forward(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+    # Inside jax.shard_map the results vary over the mesh axes that the arguments do.
+    out_shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32, manual_axis_type=jax.typeof(logits).manual_axis_type)
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(num_rows, block_rows),),
         in_specs=in_specs,
         out_specs=[by_row] * 3,
-        out_shape=[jax.ShapeDtypeStruct((num_rows,), jnp.float32, manual_axis_type=_manual_axis_type(args))] * 3,
+        out_shape=[out_shape] * 3,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
         name="weighted_xent",
     )(*args)
@@ -59,7 +63,7 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
     local = jnp.arange(block_rows, dtype=jnp.int32)
     rows = pl.program_id(0) * block_rows + local
     exists = rows < num_rows
-    first_weight = rows // rows_per_group * num_classes
+    first_weight = rows // rows_per_group * num_classes if rows_per_group < num_rows else jnp.zeros_like(rows)
 
     label = plgpu.load(labels_ref.at[:], mask=exists, other=0)
     label = label if label.dtype.itemsize == 8 else label.astype(jnp.int32)
@@ -67,31 +71,40 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
     label = jnp.where(in_range, label, 0).astype(jnp.int32)
     counts = exists & plgpu.load(where_ref[0].at[:], mask=exists, other=False) if where_ref else exists
     has_label = in_range & counts
+    # A program with one row need not read it if it is masked. With several rows, that makes the compiler run out of
+    # registers.
+    is_read = counts if block_rows == 1 else exists
 
-    def add(start, carry):
-        shift, total, weight_sum, weighted = carry
+    def add(start, so_far):
         columns = start + jnp.arange(block_columns, dtype=jnp.int32)
-        mask = _outer(counts, columns < num_classes)
+        mask = _outer(is_read, columns < num_classes)
         x = plgpu.load(logits_ref.at[:, pl.ds(start, block_columns)], mask=mask, other=-jnp.inf).astype(jnp.float32)
-        top = jnp.maximum(jnp.where(total == 0, -jnp.inf, shift), jnp.max(x, 1))
-        new_shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
-        x = x - new_shift[:, None]
-        # A total of 0 has no maximum yet, and may stay 0 whatever it is multiplied with.
-        total = jnp.where(total == 0, 0.0, total * jnp.exp(shift - new_shift)) + jnp.sum(jnp.exp(x), 1)
+        top = jnp.max(x, 1)
+        if so_far is not None:
+            old_shift, old_total, old_weight_sum, old_weighted = so_far
+            top = jnp.maximum(jnp.where(old_total == 0, -jnp.inf, old_shift), top)
+        shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
+        x = x - shift[:, None]
+        total = jnp.sum(jnp.exp(x), 1)
+        weight_sum = weighted = zeros
         if label_smoothing:
             w = plgpu.load(weights_ref.at[_outer_sum(first_weight, columns)], mask=mask, other=0).astype(jnp.float32)
-            weighted += weight_sum * (shift - new_shift) + jnp.sum(w * _silenced(x, w), 1)
-            weight_sum += jnp.sum(w, 1)
-        return new_shift, total, weight_sum, weighted
+            weight_sum, weighted = jnp.sum(w, 1), jnp.sum(w * _silenced(x, w), 1)
+        if so_far is not None:
+            # A total of 0 has no shift yet, and an infinite one never will: they stay, whatever multiplies them.
+            scales = (old_total > 0) & (old_total < jnp.inf)
+            total += jnp.where(scales, old_total * jnp.exp(old_shift - shift), old_total)
+            weighted += old_weighted + jnp.where(old_weight_sum == 0, 0.0, old_weight_sum * (old_shift - shift))
+            weight_sum += old_weight_sum
+        return shift, total, weight_sum, weighted
 
     zeros = jnp.zeros(block_rows, jnp.float32)
-    carry = (zeros,) * 4
     num_blocks = pl.cdiv(num_classes, block_columns)
     if num_blocks == 1:
-        carry = add(0, carry)
+        sums = add(0, None)
     else:
-        carry = lax.fori_loop(0, num_blocks, lambda i, carry: add(i * block_columns, carry), carry)
-    shift, total, weight_sum, weighted = carry
+        sums = lax.fori_loop(0, num_blocks, lambda i, sums: add(i * block_columns, sums), (zeros,) * 4)
+    shift, total, weight_sum, weighted = sums
 
     log_total = jnp.log(total)
     weight = plgpu.load(weights_ref.at[first_weight + label], mask=has_label, other=0).astype(jnp.float32)
@@ -106,11 +119,6 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
     plgpu.store(loss_ref.at[:], jnp.where(counts, loss, 0.0), mask=exists)
     plgpu.store(total_ref.at[:], jnp.where(counts, total, 1.0), mask=exists)
     plgpu.store(shift_ref.at[:], jnp.where(counts, shift, 0.0), mask=exists)
-
-
-def _manual_axis_type(args):
-    """Inside `jax.shard_map`: over which mesh axes the result varies, those over which any argument does."""
-    return jax.eval_shape(lambda: sum(x.ravel()[0].astype(jnp.float32) for x in args)).manual_axis_type
 
 
 def _outer(rows, columns):

@@ -10,3 +10,6 @@ def interpreted(monkeypatch):
     """Lets the Pallas kernel run on a CPU, step by step: right or wrong, and very slow. Keep to some 64 rows."""
     monkeypatch.setattr(pl, "pallas_call", ft.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(operation, "_refused", operation._fused)
+    operation._compiled.cache_clear()
+    yield
+    operation._compiled.cache_clear()

@@ -90,6 +90,15 @@ def test_logits_are_loaded_16_bytes_at_a_time_where_every_row_starts_on_such_a_b
     assert aligned or max(widths) < 16 or num_classes <= 3  # the labels of a block of rows are vectors, too
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_classes", [3, 10, 100, 1001, 8193])
+def test_members_with_every_option_do_not_spill(num_classes, dtype):
+    args = *problem((8, 512), num_classes, dtype, 8), jax.ShapeDtypeStruct((8, 512), jnp.bool_)
+    every = jax.vmap(lambda x, y, w, mask: loss(x, y, w, where=mask, label_smoothing=0.1, z_loss=0.1))
+    compiled = compile_for("h100", every, *args, options=NO_SPILLS)
+    assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
+
+
 @pytest.mark.parametrize("implementation", ["pallas", None])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mapped_members_are_rows_of_one_launch(dtype, implementation):
