@@ -75,35 +75,24 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
     # registers.
     is_read = counts if block_rows == 1 else exists
 
-    def add(start, so_far):
+    def of_block(start):
+        """Of a block of columns: the shift, the total, the sum of the weights, and that of the weighted x − shift."""
         columns = start + jnp.arange(block_columns, dtype=jnp.int32)
         mask = _outer(is_read, columns < num_classes)
         x = plgpu.load(logits_ref.at[:, pl.ds(start, block_columns)], mask=mask, other=-jnp.inf).astype(jnp.float32)
         top = jnp.max(x, 1)
-        if so_far is not None:
-            old_shift, old_total, old_weight_sum, old_weighted = so_far
-            top = jnp.maximum(jnp.where(old_total == 0, -jnp.inf, old_shift), top)
         shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
         x = x - shift[:, None]
         total = jnp.sum(jnp.exp(x), 1)
-        weight_sum = weighted = zeros
-        if label_smoothing:
-            w = plgpu.load(weights_ref.at[_outer_sum(first_weight, columns)], mask=mask, other=0).astype(jnp.float32)
-            weight_sum, weighted = jnp.sum(w, 1), jnp.sum(w * _silenced(x, w), 1)
-        if so_far is not None:
-            # A total of 0 has no shift yet, and an infinite one never will: they stay, whatever multiplies them.
-            scales = (old_total > 0) & (old_total < jnp.inf)
-            total += jnp.where(scales, old_total * jnp.exp(old_shift - shift), old_total)
-            weighted += old_weighted + jnp.where(old_weight_sum == 0, 0.0, old_weight_sum * (old_shift - shift))
-            weight_sum += old_weight_sum
-        return shift, total, weight_sum, weighted
+        if not label_smoothing:
+            return shift, total, jnp.zeros_like(total), jnp.zeros_like(total)
+        w = plgpu.load(weights_ref.at[_outer_sum(first_weight, columns)], mask=mask, other=0).astype(jnp.float32)
+        return shift, total, jnp.sum(w, 1), jnp.sum(w * _silenced(x, w), 1)
 
-    zeros = jnp.zeros(block_rows, jnp.float32)
     num_blocks = pl.cdiv(num_classes, block_columns)
-    if num_blocks == 1:
-        sums = add(0, None)
-    else:
-        sums = lax.fori_loop(0, num_blocks, lambda i, sums: add(i * block_columns, sums), (zeros,) * 4)
+    sums = of_block(0)
+    if num_blocks > 1:
+        sums = lax.fori_loop(1, num_blocks, lambda i, sums: _merged(sums, of_block(i * block_columns)), sums)
     shift, total, weight_sum, weighted = sums
 
     log_total = jnp.log(total)
@@ -119,6 +108,21 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
     plgpu.store(loss_ref.at[:], jnp.where(counts, loss, 0.0), mask=exists)
     plgpu.store(total_ref.at[:], jnp.where(counts, total, 1.0), mask=exists)
     plgpu.store(shift_ref.at[:], jnp.where(counts, shift, 0.0), mask=exists)
+
+
+def _merged(one, other):
+    """The sums over two blocks from those over each."""
+    largest = [jnp.where(total == 0, -jnp.inf, shift) for shift, total, _, _ in (one, other)]
+    top = jnp.maximum(*largest)
+    new_shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
+
+    def moved(shift, total, weight_sum, weighted):
+        # A total of 0 has no shift yet, and an infinite one never will: they stay, whatever multiplies them.
+        scales = (total > 0) & (total < jnp.inf)
+        total = jnp.where(scales, total * jnp.exp(shift - new_shift), total)
+        return total, weight_sum, weighted + jnp.where(weight_sum == 0, 0.0, weight_sum * (shift - new_shift))
+
+    return new_shift, *(x + y for x, y in zip(moved(*one), moved(*other), strict=True))
 
 
 def _outer(rows, columns):
