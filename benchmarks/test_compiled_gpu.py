@@ -36,6 +36,8 @@ MEMBERS, BATCH, WIDTH, CLASSES = 8, 512, 64, 10
 
 @pytest.mark.parametrize("workload, dtype", CASES)
 def test_loss(record, workload: Workload, dtype: str):
+    if not record.timed and dtype != workload.dtypes[0]:
+        pytest.skip("one dtype is enough where nothing is timed")
     workload = workload.on("gpu") if record.timed else workload.small
     args = (
         jax.ShapeDtypeStruct(workload.shape, jnp.dtype(dtype)),

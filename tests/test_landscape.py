@@ -31,7 +31,7 @@ def symmetric(eigenvalues, dtype, seed=0):
     return jnp.asarray(basis * eigenvalues @ basis.T, dtype)
 
 
-@pytest.mark.parametrize("order", [1, 5, 40, 100])
+@pytest.mark.parametrize("order", [5, 100])
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("dtype, digits", [("float32", 1e-5), ("float64", 1e-12)])
 def test_ritz_values_are_eigenvalues_within_their_errors(name, order, dtype, digits):
@@ -71,6 +71,7 @@ def dense_hessian(objective, model):
     return jax.hessian(lambda p: objective(unravel(p)))(flat)
 
 
+@pytest.mark.slow
 def test_the_hessians_ends_are_those_of_the_dense_hessian(x64):
     model, objective, _, _ = spiral_problem()
     eigenvalues = jnp.linalg.eigvalsh(dense_hessian(objective, model))
@@ -82,6 +83,14 @@ def test_the_hessians_ends_are_those_of_the_dense_hessian(x64):
     few = hessian_spectrum(objective, model, order=10, key=jr.key(0))
     assert abs(few.eigenvalues[-1] - eigenvalues[-1]) <= few.errors[-1]
     assert tree_allclose(few.eigenvalues[-1], eigenvalues[-1], rtol=1e-3)
+
+
+def test_the_largest_eigenvalue_of_a_small_hessian(x64):
+    model, objective, _, _ = spiral_problem(width=5)
+    eigenvalues = jnp.linalg.eigvalsh(dense_hessian(objective, model))
+    spectrum = jax.jit(lambda model: hessian_spectrum(objective, model, order=33, key=jr.key(0)))(model)
+    assert tree_allclose(spectrum.eigenvalues[-5:], eigenvalues[-5:], rtol=1e-6, atol=0)
+    assert tree_allclose(spectrum.eigenvalues[0], eigenvalues[0], rtol=1e-6, atol=0)
 
 
 def test_batches_give_the_hessian_of_the_mean(x64):

@@ -1,6 +1,7 @@
 """Facts about the loss as the real compiler for NVIDIA GPUs makes it, without a GPU. None of them is about speed."""
 
 import functools as ft
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,9 @@ def test_the_forward_pass_is_one_kernel_that_reads_the_logits_once(num_classes, 
     assert hlo.memory_bytes(compiled) == pytest.approx(logits + per_row * rows(num_classes), rel=0.07)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "gpu, dtype", [*itertools.product(["h100"], DTYPES), ("a100", "float32"), ("b200", "bfloat16")]
+)
 @pytest.mark.parametrize("num_classes", CLASSES)
 def test_value_and_gradient_compile_without_spills_or_large_temporaries(num_classes, dtype, gpu):
     args = problem((rows(num_classes),), num_classes, dtype)

@@ -13,9 +13,7 @@ from ..helpers import tree_allclose, undecorated
 from .test_weighted_xent import by_formula, problem
 
 OPTIONS = {  # each with the dtypes that it is tried with
-    "plain": ({}, ["float32", "bfloat16", "float16"]),
-    "label smoothing": ({"label_smoothing": 0.2}, ["float32"]),
-    "z-loss": ({"z_loss": 0.01}, ["float32"]),
+    "plain": ({}, ["float16"]),
     "everything": ({"label_smoothing": 0.2, "z_loss": 0.01, "where": True}, ["float32", "bfloat16"]),
 }
 
