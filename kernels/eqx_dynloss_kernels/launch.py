@@ -50,7 +50,7 @@ def worthwhile(logits) -> bool:
 
     - Kernels launched by a training step of a linear classifier: from 64 classes on never more than with plain JAX, and
       mostly one to four fewer. With 3 or 10 classes as many, or two more (64 × 3: 9 against 7; a step of eight members
-      of Myrtle5-64, 512 × 10 logits each: 80 against 78), as XLA fuses so small a loss with its surroundings. With
+      of Myrtle5-64, 512 × 10 logits each: 125 against 123), as XLA fuses so small a loss with its surroundings. With
       65,536 × 10 float32 logits the kernel is ahead again: XLA reads them twice.
     - Outside `jax.shard_map`, with several devices, the compiler may have to divide the program, and would gather all
       logits on every device for a kernel that it cannot look into. The devices are those of the process that compiles.

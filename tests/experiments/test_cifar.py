@@ -571,7 +571,8 @@ def interrupt(process, after: str) -> tuple[list[str], str]:
     finally:
         process.kill()
         process.wait()
-    return lines + out.splitlines(), error
+    # JAX says so wherever the compiler of the extra aot is installed, and no GPU's runtime beside it.
+    return lines + out.splitlines(), error.replace("cuda_plugin_extension is not found.\n", "")
 
 
 def test_ctrl_c_in_training_keeps_what_was_measured(tmp_path):
