@@ -114,7 +114,7 @@ def ntk(model: PyTree, inputs: Shaped[Array, "points ..."]) -> Float[Array, "poi
     $J_c$ is the Jacobian of output c in the parameters, one row for each point. Not divided by the number of points, as
     in the paper's figure. Needs memory for points × outputs × parameters numbers; `ntk_spectrum` does not.
     """
-    outputs, flat, _ = _outputs(model, inputs)
+    outputs, flat = _outputs(model, inputs)
     jacobian = jax.jacrev(outputs)(flat)  # [points, outputs, parameters]
     return jnp.einsum("icp,jcp->ij", jacobian, jacobian) / jacobian.shape[1]
 
@@ -123,7 +123,7 @@ def ntk_spectrum(
     model: PyTree, inputs: Shaped[Array, "points ..."], *, order: int = 10, key: Key[Array, ""]
 ) -> Spectrum:
     """Extreme eigenvalues of `ntk`, which is not formed."""
-    outputs, flat, _ = _outputs(model, inputs)
+    outputs, flat = _outputs(model, inputs)
     value, forward = jax.linearize(outputs, flat)
     backward = jax.linear_transpose(forward, flat)
     num_outputs = value.shape[1]
@@ -137,7 +137,7 @@ def ntk_spectrum(
     return lanczos(product, jr.normal(key, (len(value),), value.dtype), order)
 
 
-def _outputs(model, inputs) -> tuple[Any, Array, Any]:
+def _outputs(model, inputs) -> tuple[Any, Array]:
     """All outputs, `[points, outputs]`, as a function of the flat parameters; and those."""
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
     flat, unravel = ravel_pytree(parameters)
@@ -146,7 +146,7 @@ def _outputs(model, inputs) -> tuple[Any, Array, Any]:
         value = jax.vmap(eqx.combine(unravel(p), static))(inputs)
         return value.reshape(len(value), -1)
 
-    return outputs, flat, unravel
+    return outputs, flat
 
 
 def spectral_density(

@@ -134,13 +134,13 @@ def _jvp(primals, tangents, *, options):
     active = [i for i, tangent in enumerate(tangents) if i in (0, 2) and not isinstance(tangent, ad.Zero)]
 
     def function(*values):
-        logits, labels, class_weights, *where = (dict(zip(active, values, strict=True)).get(i, x) for i, x in fixed)
+        moved = dict(zip(active, values, strict=True))
+        logits, labels, class_weights, *where = (moved.get(i, x) for i, x in enumerate(primals))
         f = ft.partial(forward, options)
         for _ in class_weights.shape[:-1]:
             f = jax.vmap(f)
         return list(f(logits, labels, class_weights, where[0] if where else None))
 
-    fixed = list(enumerate(primals))
     return jax.jvp(function, [primals[i] for i in active], [tangents[i] for i in active])
 
 
