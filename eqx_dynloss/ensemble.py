@@ -81,9 +81,11 @@ def train_chunk(
     num_steps: int,
     batch_size: int | None = None,
     microbatch_size: int | None = None,
+    observe: Callable[[TrainState, DynamicalLoss, Dataset], PyTree] | None = None,
+    observe_every: int = 1,
     evaluations: Mapping[str, tuple[Dataset, bool]] | None = None,
     block_size: int | None = None,
-) -> tuple[TrainState, Metrics, dict[str, Metrics]]:
+) -> tuple[TrainState, Metrics, PyTree, dict[str, Metrics]]:
     """`num_steps` updates of every member, then evaluations. Calls that differ only in arrays share one compilation.
 
     The memory of `states` is reused: the old value is gone after the call. Functions (the optimiser, a data set's
@@ -94,15 +96,15 @@ def train_chunk(
     - `states`: from `init`, or from the last chunk.
     - `losses`: one dynamical loss whose array leaves have a leading member axis, for example
         `DynamicalLoss(OscillatingWeights(10, amplitudes, periods))` with `[members]` arrays.
-    - `optimiser`, `data`, `num_steps`, `batch_size`, `microbatch_size`: as for `eqx_dynloss.train.train_chunk`; `data`
-        from `replicate`.
+    - `optimiser`, `data`, `num_steps`, `batch_size`, `microbatch_size`, `observe`, `observe_every`: as for
+        `eqx_dynloss.train.train_chunk`; `data` from `replicate`.
     - `evaluations`: by name, a data set and whether to evaluate on it after this chunk. One that is skipped costs
         nothing and gives NaN.
     - `block_size`: how many members run side by side on a device, see `default_block_size`. Changes results by rounding
         at most.
 
-    **Returns:** the new states; the metrics of every update, `[members, num_steps]`; and for every evaluation its
-    metrics, `[members]`.
+    **Returns:** the new states; the metrics of every update, `[members, num_steps]`; what was observed, every array
+    with leading axes `[members, num_steps / observe_every]`; and for every evaluation its metrics, `[members]`.
     """
     evaluations = evaluations or {}
     for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
@@ -122,6 +124,8 @@ def train_chunk(
         num_steps=num_steps,
         batch_size=batch_size,
         microbatch_size=microbatch_size,
+        observe=observe,
+        observe_every=observe_every,
     )
     return _train_chunk((losses, data, sets, flags, train_member, block_size, _mesh(states)), states)
 
@@ -143,14 +147,16 @@ def default_block_size(model: PyTree, platform: str) -> int:
 def _train_chunk(shared, states):
     losses, data, sets, flags, train_member, block_size, mesh = shared
 
-    def on_device(states, losses, data, sets, flags):
+    def on_device(states, losses, data, sets, flags, train_member):
         def member(state, loss):
-            state, metrics = train_member(state, loss, data=data)
-            return state, metrics, {name: _evaluate_if(flags[name], state.model, sets[name]) for name in sets}
+            state, metrics, observed = train_member(state, loss, data=data)
+            return state, metrics, observed, {name: _evaluate_if(flags[name], state.model, sets[name]) for name in sets}
 
         return _map_members(member, block_size)(states, losses)
 
-    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P(), P(), P()))(states, losses, data, sets, flags)
+    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P(), P(), P(), P()))(
+        states, losses, data, sets, flags, train_member
+    )
 
 
 def _mesh(states: TrainState) -> Mesh:

@@ -180,7 +180,9 @@ def one_step_difference(loss: Float[Array, "*batch steps"]) -> Float[Array, "*ba
     return -jnp.diff(loss, axis=-1)
 
 
-def period(loss: Float[Array, "*batch steps"], *, tolerance: float = 0.1) -> Int[Array, "*batch"]:
+def period(
+    loss: Float[Array, "*batch steps"], *, tolerance: float = 0.1, resolution: float = 1e-3
+) -> Int[Array, "*batch"]:
     """After how many updates the loss repeats itself: 1, 2 or 4, or 0 if it does not.
 
     A loss that only drifts has period 1; past the first bifurcation it alternates (2), past the second it takes turns
@@ -190,6 +192,8 @@ def period(loss: Float[Array, "*batch steps"], *, tolerance: float = 0.1) -> Int
 
     - `loss`: of consecutive updates, at least 9, and few enough that the schedule hardly moves: some tens.
     - `tolerance`: how much of the oscillation may be left over after a period, relative to its size.
+    - `resolution`: an oscillation is one if it is larger than this, relative to the loss. The kinks of a ReLU network,
+        which examples cross one after another, make a smooth descent uneven by about 1e-5.
     """
     if loss.shape[-1] < 9:
         raise ValueError(f"a period needs the loss of at least 9 updates, got {loss.shape[-1]}.")
@@ -199,7 +203,6 @@ def period(loss: Float[Array, "*batch steps"], *, tolerance: float = 0.1) -> Int
         return jnp.mean(jnp.abs(loss[..., 2 * lag :] - 2 * loss[..., lag:-lag] + loss[..., : -2 * lag]), -1)
 
     one, two, four = change(1), change(2), change(4)
-    rounding = 10 * jnp.finfo(loss.dtype).eps * jnp.mean(jnp.abs(loss), -1)
-    is_smooth = (two > 2 * one) | (one <= rounding)
+    is_smooth = (two > 2 * one) | (one <= 4 * resolution * jnp.mean(jnp.abs(loss), -1))  # ±a gives 4a
     repeats = [is_smooth, two <= tolerance * one, four <= tolerance * jnp.maximum(one, two)]
     return jnp.select(repeats, [jnp.full(one.shape, p) for p in (1, 2, 4)], 0)

@@ -25,6 +25,7 @@ class MLP(eqx.Module):
         *,
         depth: int = 1,
         init: Literal["paper", "glorot"] = "paper",
+        use_bias: bool = True,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -33,12 +34,15 @@ class MLP(eqx.Module):
         - `depth`: the number of hidden layers.
         - `init`: `"paper"` draws weights from N(0, 1/fan_in) and starts the biases at 0; `"glorot"` draws weights from
             the truncated Glorot normal distribution and biases from N(0, 0.01²). The biases are trained in both.
+        - `use_bias`: whether there are biases at all. On the spiral, without them, the network stays at chance.
         """
         if init not in ("paper", "glorot"):
             raise ValueError(f'init must be "paper" or "glorot", got {init!r}.')
         sizes = (in_size, *([width] * depth), out_size)
         keys = jr.split(key, depth + 1)
-        self.layers = tuple(_linear(i, o, init, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+        self.layers = tuple(
+            _linear(i, o, init, use_bias, key=k) for i, o, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
+        )
 
     def __call__(self, x: Float[Array, " in_size"]) -> Float[Array, " out_size"]:
         for layer in self.layers[:-1]:
@@ -97,7 +101,7 @@ def _pool(x: Float[Array, "height width channels"]) -> Float[Array, "height/2 wi
     return jnp.mean(x.reshape(height // 2, 2, width // 2, 2, channels), (1, 3))
 
 
-def _linear(in_size: int, out_size: int, init: str, *, key: PRNGKeyArray) -> eqx.nn.Linear:
+def _linear(in_size: int, out_size: int, init: str, use_bias: bool = True, *, key: PRNGKeyArray) -> eqx.nn.Linear:
     wkey, bkey = jr.split(key)
     axes = {"in_axis": 1, "out_axis": 0}
     draw = {
@@ -107,5 +111,6 @@ def _linear(in_size: int, out_size: int, init: str, *, key: PRNGKeyArray) -> eqx
     }[init]
     weight = draw(wkey, (out_size, in_size), float)
     bias = 0.01 * jr.normal(bkey, (out_size,)) if init == "glorot" else jnp.zeros(out_size)
-    linear = eqx.nn.Linear(in_size, out_size, key=key)
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), linear, (weight, bias))
+    linear = eqx.nn.Linear(in_size, out_size, use_bias, key=key)
+    linear = eqx.tree_at(lambda layer: layer.weight, linear, weight)
+    return eqx.tree_at(lambda layer: layer.bias, linear, bias) if use_bias else linear

@@ -136,7 +136,7 @@ def train_step(
     )
     new = TrainState(model, opt_state, step, state.key, ~moves)
     metrics = Metrics(value, accuracy.astype(value.dtype))
-    return new, jax.tree.map(lambda m: jnp.where(state.diverged, jnp.nan, m), metrics)
+    return new, _nan_where(state.diverged, metrics)
 
 
 def train_chunk(
@@ -148,7 +148,9 @@ def train_chunk(
     num_steps: int,
     batch_size: int | None = None,
     microbatch_size: int | None = None,
-) -> tuple[TrainState, Metrics]:
+    observe: Callable[[TrainState, DynamicalLoss, Dataset], PyTree] | None = None,
+    observe_every: int = 1,
+) -> tuple[TrainState, Metrics, PyTree]:
     """`num_steps` updates as one `lax.scan`.
 
     The data are walked through in a new random order every epoch; an epoch is as many full batches as there are, and
@@ -160,8 +162,13 @@ def train_chunk(
     - `num_steps`: updates in this chunk. The orders of all epochs that it touches are in memory at once.
     - `batch_size`: examples in a batch; `None` trains on all of them in every step, in the order of the data.
     - `microbatch_size`: as for `train_step`.
+    - `observe`: a function of the state, the loss and the data that gives a PyTree of arrays, such as curvature
+        (`eqx_dynloss.landscape`). It is called before the updates 0, `observe_every`, 2·`observe_every`, … of this
+        chunk, and costs nothing at the others.
+    - `observe_every`: updates from one observation to the next, a divisor of `num_steps`.
 
-    **Returns:** the new state, and the metrics of every update, `[num_steps]`.
+    **Returns:** the new state; the metrics of every update, `[num_steps]`; and what was observed, every array with a
+    leading axis of `num_steps / observe_every` (floating-point numbers are NaN once diverged).
     """
     if batch_size is not None and not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size must be between 1 and the number of examples, {len(data)}, got {batch_size}.")
@@ -176,8 +183,23 @@ def train_chunk(
         )
         return eqx.filter(state, eqx.is_array), metrics
 
-    arrays, metrics = lax.scan(body, arrays, order, length=num_steps)
-    return eqx.combine(arrays, static), metrics
+    if observe is None:
+        arrays, metrics = lax.scan(body, arrays, order, length=num_steps)
+        return eqx.combine(arrays, static), metrics, None
+    if num_steps % observe_every:
+        raise ValueError(f"observe_every must divide num_steps, {num_steps}, got {observe_every}.")
+
+    def observe_then_train(arrays, order):
+        state = eqx.combine(arrays, static)
+        observed = _nan_where(state.diverged, observe(state, loss, data))
+        arrays, metrics = lax.scan(body, arrays, order, length=observe_every)
+        return arrays, (metrics, observed)
+
+    # Two nested scans: a condition inside one would be evaluated at every step of a vmapped member.
+    groups = num_steps // observe_every
+    order = None if order is None else order.reshape(groups, observe_every, -1)
+    arrays, (metrics, observed) = lax.scan(observe_then_train, arrays, order, length=groups)
+    return eqx.combine(arrays, static), jax.tree.map(jnp.ravel, metrics), observed
 
 
 def minibatches(
@@ -238,6 +260,10 @@ def _accuracy(outputs, labels):
 def _all_finite(tree):
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _nan_where(condition, tree):
+    return jax.tree.map(lambda x: jnp.where(condition, jnp.nan, x) if eqx.is_inexact_array(x) else x, tree)
 
 
 def _select(condition, yes, no):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from ._results import dataset_title
+from ._results import subject
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; neighbours differ in lightness too.
 _STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -73,7 +73,7 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
     bottom.set_ylabel("minibatch loss as minimised (nats)" + (f",\nmean of {window:,} updates" if window > 1 else ""))
     bottom.set_xlabel("step (optimiser updates)")
     for axes in (top, bottom):
-        _grid(axes)
+        grid(axes)
     if "steps_per_epoch" in dataset.attrs:
         length = float(dataset.attrs["steps_per_epoch"])
         epochs = top.secondary_xaxis("top", functions=(lambda step: step / length, lambda epoch: epoch * length))
@@ -85,7 +85,7 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
         if members == 1
         else f"last validation accuracy, mean ± std of {members} seeds; bands: ± std (below: of the logarithm)",
     )
-    return _finish(figure, "Static and dynamical loss", dataset, note, path)
+    return finish(figure, "Static and dynamical loss", dataset, note, path)
 
 
 def class_weights(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
@@ -116,9 +116,9 @@ def class_weights(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
             axes.set_ylabel("class weight Γ")
             axes.margins(x=0.01)
             axes.set_ylim(0, 1.15 * weights.max(initial=1))
-            _grid(axes)
+            grid(axes)
         zoom.set_xlabel("step (optimiser updates)")
-    return _finish(figure, "Class weights of the dynamical loss", dataset, note, path)
+    return finish(figure, "Class weights of the dynamical loss", dataset, note, path)
 
 
 def _dynamical(dataset: xr.Dataset, limit: int) -> tuple[list[xr.Dataset], str]:
@@ -165,7 +165,7 @@ def _windows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (edges[:-1] + edges[1:] - 1) / 2, np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
 
 
-def _extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a long series `[steps]`, thinned to the minimum and maximum of each bin: no peak is lost."""
     edges = np.unique(np.linspace(0, len(values), _BINS + 1).astype(int))
     if len(values) <= 2 * _BINS:
@@ -184,7 +184,7 @@ def _lines(axes: Axes, weights: np.ndarray) -> None:
     """
     styles = (_STATIC, *_STYLES[:5])
     for i, series in enumerate(weights.T, start=1):
-        steps, thinned = _extremes(series)
+        steps, thinned = extremes(series)
         active = np.where(thinned >= 1 - _ROUNDING, thinned, np.nan)
         axes.plot(steps, active, color=styles[i % 6][0], linestyle=styles[i % 5][1], linewidth=1.5)
         resting = np.where(thinned <= 1 + _ROUNDING, thinned, np.nan)
@@ -208,14 +208,14 @@ def _name_peaks(axes: Axes, weights: np.ndarray, names: list[str], period: float
             axes.annotate(name, (peak, weights[peak, i]), (0, 4), textcoords="offset points", ha="center", fontsize=8)
 
 
-def _grid(axes: Axes) -> None:
+def grid(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _finish(figure: Figure, title: str, dataset: xr.Dataset, note: str, path: str | os.PathLike[str]) -> Figure:
+def finish(figure: Figure, title: str, dataset: xr.Dataset, note: str, path: str | os.PathLike[str]) -> Figure:
     """Adds the title, which names the data set and says if the run was interrupted, and writes the PNG."""
-    lines = [f"{title}: {dataset_title(dataset.attrs['dataset'])}"]
+    lines = [f"{title}: {subject(dataset)}"]
     if str(dataset.attrs.get("finished")) != "true":
         done = dataset.attrs.get("steps_done", dataset.sizes["step"])
         lines.append(f"INTERRUPTED after {done:,} updates")

@@ -8,16 +8,15 @@ Variables and their dimensions (`step` counts updates from 0; `evaluation_step` 
 | `minibatch_loss`, `minibatch_accuracy` | amplitude, period, seed, step | nats (the loss that was minimised), 1 |
 | `class_weights` | amplitude, period, step, class | 1, sums to the number of classes |
 | `diverged_at` | amplitude, period, seed | update, -1 for never |
+| what was observed, such as `hessian_max` | amplitude, period, seed, observation_step | |
 
-The first amplitude is 1, the static loss. It has no period: its members are trained once and repeated along `period`.
+Where more than the loss is varied, as in the spiral experiment, all variables have leading dimensions `init`, `width`
+and `learning_rate`. The first amplitude is 1, the static loss. It has no period: its members are trained once and
+repeated along `period`.
 """
 
-import os
-import platform
-import subprocess
-from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -26,7 +25,14 @@ from numpy.typing import ArrayLike
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy", "eqx-dynloss")
 SPLITS = ("train", "validation")
 
-_TITLES = {"cifar10": "CIFAR-10", "digits": "scikit-learn digits (stand-in, not CIFAR-10)"}
+SETTINGS = ("init", "width", "learning_rate")  # what can be varied besides the loss
+STAND_INS = ("digits",)
+
+_TITLES = {
+    "cifar10": "CIFAR-10",
+    "digits": "scikit-learn digits (stand-in, not CIFAR-10)",
+    "spiral": "the spiral",
+}
 _UNITS = {
     "accuracy": ("1", "fraction of the split classified correctly"),
     "loss": ("nats", "plain cross-entropy, mean over the split, without class weights"),
@@ -36,6 +42,16 @@ _UNITS = {
     "diverged_at": ("update", "update at which the member became non-finite and was frozen, -1 for never"),
     "amplitude": ("1", "amplitude A of the dynamical loss; 1 is the static loss"),
     "period": ("update", "period T of one class"),
+    "observation_step": ("update", "updates made before the observation"),
+    "hessian_max": ("1", "largest eigenvalue of the Hessian of the loss with the step's class weights"),
+    "hessian_max_error": ("1", "error bound of hessian_max, the Ritz residual"),
+    "hessian_min": ("1", "smallest eigenvalue of the same Hessian"),
+    "hessian_min_error": ("1", "error bound of hessian_min, the Ritz residual"),
+    "ntk_max": ("1", "largest eigenvalue of the empirical neural tangent kernel"),
+    "ntk_max_error": ("1", "error bound of ntk_max, the Ritz residual"),
+    "init": ("1", "initialisation"),
+    "width": ("1", "units in the hidden layer"),
+    "learning_rate": ("1", "learning rate η"),
     "evaluation_step": ("update", "updates made before the evaluation"),
     "step": ("update", "index of the update"),
 }
@@ -48,7 +64,7 @@ def dataset_title(name: str) -> str:
 
 def file_name(dataset: str, name: str) -> str:
     """What a file of a run is called: one about a stand-in says so in its name."""
-    return name if dataset == "cifar10" else f"{dataset}_{name}"
+    return f"{dataset}_{name}" if dataset in STAND_INS else name
 
 
 def conditions(amplitudes: Sequence[float], periods: Sequence[float]) -> list[tuple[float, float | None]]:
@@ -72,6 +88,8 @@ def assemble(
     class_weights: ArrayLike,
     diverged_at: ArrayLike,
     attrs: Mapping[str, object],
+    observation_steps: ArrayLike = (),
+    observations: Mapping[str, ArrayLike] | None = None,
 ) -> xr.Dataset:
     """Gives flat members their named dimensions.
 
@@ -87,6 +105,7 @@ def assemble(
     - `diverged_at`: `[members]`, -1 for never.
     - `attrs`: what else to record. Read elsewhere: `dataset`, `finished` (anything but true is an interrupted run),
         `steps_done`, `steps_planned`, `steps_per_epoch`, `command`, `device` and the keys of `provenance()`.
+    - `observation_steps`, `observations`: updates made before each observation; and by name, `[members, observations]`.
 
     **Returns:**
 
@@ -107,6 +126,8 @@ def assemble(
         return (*lead_dims, *dims), np.concatenate([static, dynamical]), _attributes(name)
 
     minibatch_loss = np.asarray(minibatch_loss)
+    observed = {name: unfold(name, values, "observation_step") for name, values in (observations or {}).items()}
+    steps = ("observation_step", np.asarray(observation_steps), _attributes("observation_step"))
     return xr.Dataset(
         {
             "accuracy": unfold("accuracy", accuracy, "split", "evaluation_step"),
@@ -115,6 +136,7 @@ def assemble(
             "minibatch_accuracy": unfold("minibatch_accuracy", minibatch_accuracy, "step"),
             "class_weights": unfold("class_weights", class_weights, "step", "class"),
             "diverged_at": unfold("diverged_at", diverged_at),
+            **observed,
         },
         {
             "amplitude": ("amplitude", [1.0, *grid], _attributes("amplitude")),
@@ -124,6 +146,7 @@ def assemble(
             "evaluation_step": ("evaluation_step", np.asarray(evaluation_steps), _attributes("evaluation_step")),
             "step": ("step", np.arange(minibatch_loss.shape[-1]), _attributes("step")),
             "class": ("class", list(classes)),
+            **({"observation_step": steps} if observed else {}),
         },
         {
             "comment": "amplitude 1 is the static loss, which has no period: trained once, repeated along period",
@@ -133,49 +156,38 @@ def assemble(
     )
 
 
-def _attributes(name: str) -> dict[str, str]:
-    unit, description = _UNITS[name]
-    return {"units": unit, "long_name": description}
+def settings(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+    """The parts of a dataset between which more than the loss differs, each with what it differs in, in words.
 
-
-def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
-    """Writes the dataset as compressed netCDF. Whenever it is stopped, `path` holds the whole old or whole new file."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    # An interrupted run can have empty variables, which cannot be compressed.
-    encoding = {name: {"zlib": True, "complevel": 1} for name, v in dataset.data_vars.items() if v.size}
-    try:
-        dataset.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Reads what `save` wrote into memory and closes the file."""
-    with xr.open_dataset(path, engine="h5netcdf") as dataset:
-        return dataset.load()
-
-
-def provenance() -> dict[str, str]:
-    """What computed a result: versions of Python and the packages that matter, platform, and the project's git commit.
-
-    Whatever is not installed is left out, and so is the commit without git; "+dirty" marks uncommitted changes.
+    Parts that an interrupted run never came to are left out. Without such dimensions: the whole, and "".
     """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    try:
-        commit = _git("rev-parse", "HEAD")
-        found["git_commit"] = commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return found
+    dims = [name for name in SETTINGS if name in dataset.dims]
+    for values in itertools.product(*(dataset[name].values.tolist() for name in dims)):
+        part = dataset.sel(dict(zip(dims, values, strict=True)))
+        if not dims or np.isfinite(part.minibatch_loss[..., 0]).any():
+            yield ", ".join(_words(part, name) for name in dims if dataset.sizes[name] > 1), part
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+def subject(dataset: xr.Dataset) -> str:
+    """The data set of a dataset or of a part of it, and the setting as far as it is the same throughout."""
+    fixed = [_words(dataset, name) for name in SETTINGS if name in dataset.coords and dataset[name].size == 1]
+    return dataset_title(dataset.attrs["dataset"]) + (f" ({', '.join(fixed)})" if fixed else "")
+
+
+def _words(part: xr.Dataset, name: str) -> str:
+    value = part[name].item()
+    if name == "init":
+        return {"paper": "paper init", "glorot": "Glorot init", "none": "no biases"}[value]
+    return f"{name.replace('_', ' ')} {value:g}"
+
+
+def losses(part: xr.Dataset) -> list[xr.Dataset]:
+    """The members of every loss of a part, the static one first; each has one amplitude and one period."""
+    grid = [(a, p) for a in range(1, part.sizes["amplitude"]) for p in range(part.sizes["period"])]
+    return [part.isel(amplitude=a, period=p) for a, p in [(0, 0), *grid]]
+
+
+def loss_name(members: xr.Dataset) -> str:
+    """The loss of a part of the dataset that has one amplitude and one period, in words."""
+    amplitude = float(members.amplitude)
+    return "static" if amplitude == 1 else f"A = {amplitude:g}, T = {float(members.period):g}"

@@ -26,8 +26,9 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.train import Dataset, Metrics, TrainState
 
 from ._data import DataError
-from ._results import file_name
+from ._results import SPLITS, file_name
 
+REPORTS = 20  # lines about the progress, at most, where there is no terminal for a bar
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
 
@@ -60,12 +61,12 @@ def use_all_cores() -> None:
 
 
 def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
-    """Makes the directory of a run, `results/LABEL-DATASET-TIME` if none is given, and writes its `config.json`.
+    """Makes the directory of a run, `results/LABEL-TIME` if none is given, and writes its `config.json`.
 
     Raises a `UsageError` if it cannot be written to, or holds a run already.
     """
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = out or Path("results") / f"{label}-{dataset}-{stamp}"
+    path = out or Path("results") / f"{label}-{stamp}"
     try:
         refuse_used(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,14 @@ def chunk_length(num_steps: int, target: float) -> int:
     return min(divisors, key=lambda n: abs(np.log(n / max(target, 1))))
 
 
+def duration(seconds: float) -> str:
+    """A time to announce, in words."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 10 else "a few seconds"
+
+
 @dataclasses.dataclass
 class History:
     """What a run measured: numbers of every update, and of every evaluation."""
@@ -100,9 +109,21 @@ class History:
     minibatch: Metrics  # [members, steps]
     evaluation_steps: list[int]  # updates made before each evaluation
     evaluations: dict[str, Metrics]  # by split, [members, evaluations]; NaN where not evaluated
+    observations: dict[str, np.ndarray]  # by name, [members, observations]
     diverged_at: np.ndarray  # [members], -1 for never
     finished: bool
     steps_per_second: float  # without the first chunk, which compiles; NaN if there is no other
+
+    def arrays(self) -> dict[str, Any]:
+        """As `_results.assemble` takes them."""
+        return {
+            "evaluation_steps": self.evaluation_steps,
+            "accuracy": np.stack([self.evaluations[split].accuracy for split in SPLITS], 1),
+            "loss": np.stack([self.evaluations[split].loss for split in SPLITS], 1),
+            "minibatch_loss": self.minibatch.loss,
+            "minibatch_accuracy": self.minibatch.accuracy,
+            "diverged_at": self.diverged_at,
+        }
 
 
 def train(
@@ -117,6 +138,8 @@ def train(
     batch_size: int | None,
     microbatch_size: int | None,
     num_evaluations: int,
+    observe: Callable[[TrainState, DynamicalLoss, Dataset], dict[str, jax.Array]] | None = None,
+    observe_every: int = 1,
 ) -> tuple[TrainState, History]:
     """Trains an ensemble chunk by chunk with a progress bar, and evaluates it on the way.
 
@@ -127,9 +150,10 @@ def train(
     num_chunks = num_steps // chunk
     diverged_at = np.full(len(states.step), -1)
     minibatch: list[Metrics] = []
+    observations: list[dict[str, np.ndarray]] = []
     evaluated: list[tuple[int, dict[str, Metrics]]] = []
     started = compiled = time.perf_counter()
-    images = len(states.step) * (batch_size or len(data))
+    unit, per_step = ("images", len(states.step) * batch_size) if batch_size else ("member-updates", len(states.step))
     with _progress() as progress:
         task = progress.add_task("compiling", total=num_steps)
         stopping = lambda: progress.update(task, description="stopping after this chunk (Ctrl-C again: at once)")
@@ -139,7 +163,7 @@ def train(
                     break
                 last = i == num_chunks - 1
                 due = (i + 1) * num_evaluations // num_chunks > i * num_evaluations // num_chunks
-                states, metrics, results = ensemble.train_chunk(
+                states, metrics, observed, results = ensemble.train_chunk(
                     states,
                     losses,
                     optimiser,
@@ -147,18 +171,23 @@ def train(
                     num_steps=chunk,
                     batch_size=batch_size,
                     microbatch_size=microbatch_size,
+                    observe=observe,
+                    observe_every=observe_every,
                     evaluations={name: (s, due if name == "validation" else last) for name, s in splits.items()},
                 )
                 diverged_at = jax.device_get(jnp.where(states.diverged, states.step, -1))
                 minibatch.append(jax.device_get(metrics))
+                observations.append(jax.device_get(observed or {}))
                 if due or last:
                     evaluated.append(((i + 1) * chunk, jax.device_get(results)))
                 if i == 0:
                     compiled = time.perf_counter()
-                rate = images * chunk * i / (time.perf_counter() - compiled) if i else 0.0
-                text = _describe(minibatch[-1], evaluated[-1][1].get("validation") if evaluated else None, rate)
+                text = _describe(minibatch[-1], evaluated[-1][1].get("validation") if evaluated else None)
+                if i:
+                    text += f", {per_step * chunk * i / (time.perf_counter() - compiled):,.0f} {unit}/s"
                 progress.update(task, completed=(i + 1) * chunk, description=text)
-                if due and not console.is_terminal:
+                told = (i + 1) * REPORTS // num_chunks > i * REPORTS // num_chunks
+                if due and told and not console.is_terminal:
                     elapsed = time.perf_counter() - started
                     console.print(f"update {(i + 1) * chunk:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
     if not minibatch:
@@ -173,6 +202,7 @@ def train(
             else empty
             for name in splits
         },
+        observations=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *observations),
         diverged_at=diverged_at,
         finished=len(minibatch) == num_chunks,
         steps_per_second=(len(minibatch) - 1) * chunk / (time.perf_counter() - compiled)
@@ -217,12 +247,12 @@ def _progress() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _describe(metrics: Metrics, validation: Metrics | None, rate: float) -> str:
+def _describe(metrics: Metrics, validation: Metrics | None) -> str:
     """Means over the members that are still finite."""
     text = f"loss {_mean(metrics.loss):.3f}, accuracy {_mean(metrics.accuracy):.1%}"
     if validation is not None and np.isfinite(validation.accuracy).any():
         text += f", validation {_mean(validation.accuracy):.1%}"
-    return text + (f", {rate:,.0f} images/s" if rate else "")
+    return text
 
 
 def _mean(values) -> float:

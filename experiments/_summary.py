@@ -7,7 +7,7 @@ Members that diverged have no place in a mean; they are left out of it, counted,
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from ._results import PACKAGES, dataset_title, file_name
+from ._results import PACKAGES, file_name, losses, settings, subject
 
 CONFIDENCE = 0.95
 _SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
@@ -57,10 +57,12 @@ class Condition:
     outcomes: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
     evidence: str | None
+    setting: str = ""  # what else than the loss is special about it, in words
 
     @property
     def name(self) -> str:
-        return "static" if self.period is None else f"A = {self.amplitude:g}, T = {self.period:g}"
+        loss = "static" if self.period is None else f"A = {self.amplitude:g}, T = {self.period:g}"
+        return f"{self.setting}, {loss}" if self.setting else loss
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,35 @@ def summarise(dataset: xr.Dataset) -> Summary:
     """Statistics of each split at its last evaluation, for the dataset that `_results.assemble` describes."""
     if dataset.amplitude.values[0] != 1:
         raise ValueError(f"the first amplitude must be 1, the static loss, not {dataset.amplitude.values[0]:g}.")
-    last: dict[str, int | None] = {}
-    for split in dataset.split.values.tolist():
-        seen = np.isfinite(dataset.accuracy.sel(split=split)).any(("amplitude", "period", "seed")).values
-        last[split] = int(dataset.evaluation_step.values[seen][-1]) if seen.any() else None
+    everything: list[Condition] = []
+    evaluated_at: dict[str, int | None] = {}
+    for setting, part in settings(dataset):
+        last: dict[str, int | None] = {}
+        for split in part.split.values.tolist():
+            seen = np.isfinite(part.accuracy.sel(split=split)).any(("amplitude", "period", "seed")).values
+            last[split] = int(part.evaluation_step.values[seen][-1]) if seen.any() else None
+        first, *dynamical = losses(part)
+        static = _condition(first, None, last, None, setting)
+        everything += [static, *(_condition(m, float(m.period), last, static, setting) for m in dynamical)]
+        evaluated_at = evaluated_at or last
 
-    static = _condition(dataset.isel(amplitude=0, period=0), None, last, None)
-    dynamical = [
-        _condition(dataset.isel(amplitude=a, period=p), float(dataset.period[p]), last, static)
-        for a in range(1, dataset.sizes["amplitude"])
-        for p in range(dataset.sizes["period"])
-    ]
-    everything, finished = [static, *dynamical], str(dataset.attrs.get("finished")) == "true"
+    finished = str(dataset.attrs.get("finished")) == "true"
     return Summary(
-        dataset=dataset_title(dataset.attrs["dataset"]),
+        dataset=subject(dataset),
         finished=finished,
-        evaluated_at=last,
+        evaluated_at=evaluated_at,
         notices=_notices(dataset, finished, everything),
-        notes=_notes(len(dynamical)),
+        notes=_notes(sum(c.period is not None for c in everything)),
         conditions=everything,
     )
 
 
 def _condition(
-    members: xr.Dataset, period: float | None, last: Mapping[str, int | None], static: Condition | None
+    members: xr.Dataset,
+    period: float | None,
+    last: Mapping[str, int | None],
+    static: Condition | None,
+    setting: str,
 ) -> Condition:
     """Statistics of one condition, whose members have dimension seed alone; `static` is what to compare it with."""
     final = {
@@ -126,7 +133,7 @@ def _condition(
         if static is not None
     }
     amplitude, diverged = float(members.amplitude), [seed for seed, gone in zip(seeds, lost, strict=True) if gone]
-    result = Condition(amplitude, period, len(seeds), diverged, outcomes, differences, None)
+    result = Condition(amplitude, period, len(seeds), diverged, outcomes, differences, None, setting)
     return result if static is None else dataclasses.replace(result, evidence=_evidence(result))
 
 
@@ -226,6 +233,7 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
     outcomes, differences = [], []
     for c in summary.conditions:
         lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
+        lead = [c.setting, *lead] if c.setting else lead
         cells = [_spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
         outcomes.append([*lead, f"{c.seeds - len(c.diverged)}/{c.seeds}", str(len(c.diverged)), *cells])
         if c.period is not None:
@@ -239,15 +247,23 @@ def console_table(summary: Summary) -> Table:
     """The table for the terminal: accuracies of every condition, and the paired difference in validation accuracy."""
     table = Table(title=f"Accuracy at the last evaluation, %: {summary.dataset}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption, table.caption_style = "\n".join(summary.notices) or None, "bold red"
-    for header in ("A", "T", "seeds", "train", "validation", "dynamical − static\n95 % CI"):
-        table.add_column(header, justify="right", no_wrap="CI" not in header)
+    lead = _lead(summary)
+    for header in (*lead, "A", "T", "seeds", "train", "validation", "dynamical − static\n95 % CI"):
+        table.add_column(header, justify="right", no_wrap="CI" not in header and header not in lead)
     outcomes, differences = _rows(summary)
-    for cells, difference in zip(outcomes, ["", *(d[4] for d in differences)], strict=True):
-        table.add_row(*cells[:3], *cells[4:6], difference)
+    n, pending = len(lead), iter(differences)
+    for c, cells in zip(summary.conditions, outcomes, strict=True):
+        difference = "" if c.period is None else next(pending)[n + 4]
+        table.add_row(*cells[: n + 3], *cells[n + 4 : n + 6], difference)
     return table
 
 
-def _markdown_table(headers: list[str], rows: list[list[str]]) -> list[str]:
+def _lead(summary: Summary) -> list[str]:
+    """The headers of what a table says before the loss."""
+    return ["setting"] if any(c.setting for c in summary.conditions) else []
+
+
+def markdown_table(headers: list[str], rows: list[list[str]]) -> list[str]:
     lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
@@ -258,10 +274,12 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_summary(summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str]) -> None:
+def write_summary(
+    summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str], more: Sequence[str] = ()
+) -> None:
     """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not.
 
-    The names are those of `_results.file_name`.
+    The names are those of `_results.file_name`. `more` are lines that `summary.md` has after the tables.
     """
     outcomes, differences = _rows(summary)
     splits = ["train accuracy, %", "validation accuracy, %", "train loss, nats", "validation loss, nats"]
@@ -273,11 +291,13 @@ def write_summary(summary: Summary, dataset: xr.Dataset, directory: str | os.Pat
         lines += [f"> **{notice}**", ""]
     lines += [f"- {c.evidence}" for c in summary.conditions if c.evidence]
     lines += ["", f"## Results ({steps or 'nothing was evaluated'})", ""]
-    lines += _markdown_table(["A", "T (updates)", "seeds used", "diverged", *splits], outcomes)
+    lead = _lead(summary)
+    lines += markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", *splits], outcomes)
     if differences:
         splits = ["train accuracy, points", "validation accuracy, points", *splits[2:]]
         lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
-        lines += _markdown_table(["A", "T (updates)", "seeds", *splits], differences)
+        lines += markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
+    lines += ["", *more] if more else []
     lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
     attrs = {key: _plain(value) for key, value in dataset.attrs.items()}
     for key in ("command", "device", "python", *PACKAGES, "platform", "git_commit"):

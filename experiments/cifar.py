@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> bool:
 
     used = {"train_examples": len(train_data), "validation_examples": len(validation_data), "preset": name}
     settings = dataclasses.asdict(config) | dataclasses.asdict(preset) | used | {"dataset": images.name}
-    directory = _run.new_directory(config.out, "cifar", images.name, settings)
+    directory = _run.new_directory(config.out, f"cifar-{images.name}", images.name, settings)
     optimiser = nesterov(preset.learning_rate, config.momentum, num_steps)
     keys = jax.vmap(ft.partial(jr.fold_in, jr.key(0)))(seeds)
     states = ensemble.init(lambda key: Myrtle(preset.width, key=key), optimiser, keys)
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> bool:
         f"{devices} | {len(seeds)} members = {config.seeds} seeds x {num_losses} losses | {num_steps:,} steps of "
         f"{preset.batch_size} images | {_results.dataset_title(images.name)}, {len(train_data):,} + "
         f"{len(validation_data):,} images | preset {name} ({reason}) | "
-        + (f"about {_duration(seconds)}" if on_cpu else "time: see the ETA after the first chunk")
+        + (f"about {_run.duration(seconds)}" if on_cpu else "time: see the ETA after the first chunk")
     )
     chunk_target = 2 / (cpu_seconds_per_image(preset.width) * images_per_step) if on_cpu else steps_per_epoch
     states, history = _run.train(
@@ -201,13 +201,8 @@ def main(arguments: list[str] | None = None) -> bool:
         periods=periods,
         seeds=range(config.seeds),
         classes=CLASSES if images.name == "cifar10" else [str(digit) for digit in range(10)],
-        evaluation_steps=history.evaluation_steps,
-        accuracy=np.stack([history.evaluations[split].accuracy for split in _results.SPLITS], 1),
-        loss=np.stack([history.evaluations[split].loss for split in _results.SPLITS], 1),
-        minibatch_loss=history.minibatch.loss,
-        minibatch_accuracy=history.minibatch.accuracy,
         class_weights=jax.vmap(lambda schedule: jax.vmap(schedule)(jnp.arange(steps_done)))(schedules),
-        diverged_at=history.diverged_at,
+        **history.arrays(),
         attrs=_results.provenance()
         | {
             "dataset": images.name,
@@ -344,13 +339,6 @@ def _flags(name: str, preset: Preset) -> str:
 
 def _report(message: str) -> None:
     console.print(message, style="bold red" if message.startswith("WARNING") else None)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds" if seconds >= 10 else "a few seconds"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
+import os
+
 import jax
 import jax.random as jr
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on one GPU must not each reserve most of its memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

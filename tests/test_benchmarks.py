@@ -65,7 +65,8 @@ class Run(NamedTuple):
 
 def run_pytest(*arguments, cwd):
     """Runs pytest in a process of its own, on a CPU; returns it when it is done."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": "", "COLUMNS": "120"}
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    variables = outer | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": "", "COLUMNS": "120"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
 

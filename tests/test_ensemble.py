@@ -51,7 +51,7 @@ def run(make_model, keys, data, *, block_size=None, chunks=(20,), rates=RATES, l
     data = ensemble.replicate(data, states)
     parts = []
     for n in chunks:
-        states, metrics, _ = ensemble.train_chunk(
+        states, metrics, _, _ = ensemble.train_chunk(
             states, loss or losses(), OPTIMISER, data, num_steps=n, block_size=block_size, **kwargs
         )
         parts.append(metrics)
@@ -71,7 +71,7 @@ def test_a_member_equals_that_member_trained_alone(make_model, block_size, getke
     for i in range(5):
         loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDES[i], PERIODS[i], stop=15))
         alone = train.init(make_model, OPTIMISER, keys[i], {"learning_rate": RATES[i]})
-        alone, expected = chunk(alone, loss, OPTIMISER, data, num_steps=20, batch_size=7)
+        alone, expected, _ = chunk(alone, loss, OPTIMISER, data, num_steps=20, batch_size=7)
         assert tree_allclose(member(metrics, i), expected, rtol=1e-4, atol=1e-5)
         assert tree_allclose(member(states.model, i), alone.model, rtol=1e-4, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_only_the_first_chunk_of_a_run_compiles_anything(getkey):
     durations = []
     try:
         for i in range(4):
-            states, metrics, evaluated = ensemble.train_chunk(
+            states, metrics, _, evaluated = ensemble.train_chunk(
                 states,
                 losses(),
                 OPTIMISER,
@@ -131,7 +131,7 @@ def test_only_the_first_chunk_of_a_run_compiles_anything(getkey):
 def test_evaluations_are_those_of_every_member(getkey):
     keys, data, other = jr.split(getkey(), 5), dataset(make_mlp, getkey()), dataset(make_mlp, getkey())
     states = ensemble.init(make_mlp, OPTIMISER, keys)
-    states, _, evaluated = ensemble.train_chunk(
+    states, _, _, evaluated = ensemble.train_chunk(
         states, losses(), OPTIMISER, data, num_steps=3, evaluations={"train": (data, True), "other": (other, True)}
     )
     for name, evaluation in (("train", data), ("other", other)):
@@ -208,7 +208,7 @@ losses = DynamicalLoss(OscillatingWeights(3, np.linspace(1, 9, 6), np.full(6, 5.
 data = train.Dataset(jr.normal(jr.key(1), (24, 8, 8, 3)), jnp.arange(24) % 3)
 states = ensemble.init(lambda key: Myrtle(4, num_classes=3, key=key), optimiser, jr.split(jr.key(0), 6))
 data = ensemble.replicate(data, states)
-states, metrics, evaluated = ensemble.train_chunk(
+states, metrics, _, evaluated = ensemble.train_chunk(
     states, losses, optimiser, data, num_steps=5, batch_size=8, evaluations={"train": (data, True)}
 )
 assert len(states.step.sharding.device_set) == int(sys.argv[2]), states.step.sharding

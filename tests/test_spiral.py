@@ -72,7 +72,7 @@ def test_follows_the_authors_update_step_for_step(getkey):
     )
     schedule = OscillatingWeights(3, amplitude, period, inclusive_period=True)
     data = train.Dataset(jnp.asarray(points), jnp.asarray(labels))
-    _, metrics = train.train_chunk(state, DynamicalLoss(schedule), OPTIMISER, data, num_steps=len(expected))
+    _, metrics, _ = train.train_chunk(state, DynamicalLoss(schedule), OPTIMISER, data, num_steps=len(expected))
     weights = jax.vmap(schedule)(jnp.arange(len(expected)))
     assert len(expected) == 1004
     np.testing.assert_allclose(weights, expected[:, 2:], atol=1e-12)
@@ -103,11 +103,11 @@ def test_reproduces_the_numbers_of_the_papers_figure():
         members = (jax.tree.map(lambda leaf, i=i: leaf[i], states.model) for i in range(10))
         return np.median([largest_eigenvalues(model, states.step[0]) for model in members], 0)
 
-    states, first, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=2500)
+    states, first, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=2500)
     np.testing.assert_allclose(medians(states), [0.601, 347], rtol=0.05)
-    states, second, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=1500)
+    states, second, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=1500)
     np.testing.assert_allclose(medians(states), [1.62, 461], rtol=0.05)
-    states, third, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=350)
+    states, third, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=350)
     start = np.asarray(first.loss[:, 0])
     assert abs(start.mean() - 1.085) < 2.5 * start.std(ddof=1)  # one draw of many: ours are 1.126 ± 0.026
     assert np.isclose(second.loss[:, 0].mean(), 0.133, rtol=0.02)

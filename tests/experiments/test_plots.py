@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments._plots import _BINS, _extremes, _windows, class_weights, learning_curves
+from experiments._plots import _BINS, _windows, class_weights, extremes, learning_curves
 
 from .synthetic import CLASSES, results
 from .synthetic import class_weights as weights
@@ -84,7 +84,7 @@ def test_windows_average_what_they_cover():
 
 def test_decimation_keeps_every_peak_and_the_ends():
     series = weights(70, 500, 70_000)[:, 3]
-    steps, values = _extremes(series)
+    steps, values = extremes(series)
     assert len(steps) <= 2 * _BINS + 2 and (steps[0], steps[-1]) == (0, 69_999)
     peaks = np.flatnonzero(series == series.max())
     assert len(peaks) == 12 and np.isin(peaks, steps).all()

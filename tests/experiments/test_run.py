@@ -263,7 +263,7 @@ def test_a_directory_is_made_with_its_configuration(tmp_path):
 
 def test_the_default_directory_names_the_command_and_the_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = _run.new_directory(None, "cifar", "digits", {})
+    path = _run.new_directory(None, "cifar-digits", "digits", {})
     assert path.parent.name == "results" and path.name.startswith("cifar-digits-20")
     assert [file.name for file in path.iterdir()] == ["digits_config.json"]
 

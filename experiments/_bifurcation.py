@@ -1,0 +1,113 @@
+"""Does a network's first bifurcation begin where its largest Hessian eigenvalue crosses 2/η?
+
+Gradient descent with rate η is unstable along a direction whose curvature is above 2/η: the loss begins to alternate.
+The two times are found independently, one in the curvature and one in the loss.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from scipy import stats
+
+from eqx_dynloss import landscape
+
+from ._results import loss_name, losses, settings
+from ._summary import CONFIDENCE, Estimate, markdown_table
+
+WINDOW = 25  # updates over which the period of the loss is determined
+
+
+def crossing(steps: np.ndarray, eigenvalues: np.ndarray, threshold: float) -> float:
+    """The step at which a series first rises through the threshold, linearly interpolated; NaN if it never does."""
+    above = eigenvalues >= threshold
+    (rises,) = np.nonzero(~above[:-1] & above[1:] & np.isfinite(eigenvalues[:-1]))
+    if not rises.size:
+        return np.nan
+    i = rises[0]
+    share = (threshold - eigenvalues[i]) / (eigenvalues[i + 1] - eigenvalues[i])
+    return float(steps[i] + share * (steps[i + 1] - steps[i]))
+
+
+def bifurcation(loss: np.ndarray) -> float:
+    """The start of the first window of 25 updates in which the loss `[steps]` has period 2; NaN if there is none."""
+    whole = loss[: len(loss) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    with jax.enable_x64(True):
+        (found,) = np.nonzero(np.asarray(landscape.period(jnp.asarray(whole))) == 2)
+    return float(WINDOW * found[0]) if found.size else np.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """When the seeds of one setting and loss first cross 2/η and first bifurcate: `[seeds]` each, NaN for never."""
+
+    setting: str
+    loss: str
+    crossing: np.ndarray
+    bifurcation: np.ndarray
+
+    def correlation(self) -> tuple[float, float, float, int]:
+        """Pearson's r over the seeds that have both, its 95 % interval (Fisher's z), and their number.
+
+        NaN where there are too few: r needs 3 seeds, its interval 4.
+        """
+        both = np.isfinite(self.crossing) & np.isfinite(self.bifurcation)
+        x, y, n = self.crossing[both], self.bifurcation[both], int(both.sum())
+        if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return np.nan, np.nan, np.nan, n
+        result: Any = stats.pearsonr(x, y)
+        low, high = result.confidence_interval(CONFIDENCE) if n > 3 else (np.nan, np.nan)
+        return float(result.statistic), float(low), float(high), n
+
+
+def first_times(dataset: xr.Dataset) -> list[Times]:
+    """For every setting and loss, the static one first."""
+    found = []
+    for setting, part in settings(dataset):
+        steps, threshold = part.observation_step.values, 2 / float(part.learning_rate)
+        for members in losses(part):
+            crossings = np.array([crossing(steps, series, threshold) for series in members.hessian_max.values])
+            bifurcations = np.array([bifurcation(series) for series in members.minibatch_loss.values])
+            found.append(Times(setting, loss_name(members), crossings, bifurcations))
+    return found
+
+
+def report(dataset: xr.Dataset) -> list[str]:
+    """Lines of Markdown: both times for every loss, and the landscape at two moments of the first period."""
+    rows = []
+    for times in first_times(dataset):
+        r, low, high, n = times.correlation()
+        interval = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+        numbers = (times.crossing, times.bifurcation, times.bifurcation - times.crossing)
+        correlation = f"{r:.3f}{interval}" if np.isfinite(r) else "–"
+        cells = [f"{n}/{len(times.crossing)}", *(_estimate(a, 0) for a in numbers), correlation]
+        rows.append([times.setting, times.loss, *cells])
+    headers = ["setting", "loss", "seeds with both", "crossing of 2/η", "first bifurcation", "their difference"]
+    lines = ["## First bifurcation and the crossing of 2/η (updates, mean ± std over seeds)", ""]
+    lines += markdown_table([*headers, "correlation [95 % CI]"], rows)
+
+    rows = []
+    for setting, part in settings(dataset):
+        for members in losses(part)[1:]:
+            for step in (round(share * float(members.period)) for share in (0.5, 0.8)):
+                if step in members.observation_step and step in members.step:
+                    loss, seen = members.minibatch_loss.sel(step=step), members.sel(observation_step=step)
+                    cells = [_estimate(v.values, d) for v, d in ((loss, 4), (seen.hessian_max, 3), (seen.ntk_max, 0))]
+                    rows.append([setting, loss_name(members), f"{step:,}", *cells])
+    if rows:
+        lines += ["", "## The landscape in the first period (mean ± std over seeds)", ""]
+        headers = ["setting", "loss", "step", "F (nats)", "largest Hessian eigenvalue", "largest NTK eigenvalue"]
+        lines += markdown_table(headers, rows)
+    return lines
+
+
+def _estimate(values: np.ndarray, digits: int) -> str:
+    finite = {i: float(value) for i, value in enumerate(values) if np.isfinite(value)}
+    estimate = Estimate.of(finite)
+    if estimate.mean is None:
+        return "–"
+    spread = "" if estimate.std is None else f" ± {estimate.std:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{spread}".replace("-", "−")

@@ -1,0 +1,235 @@
+"""Figures of the landscape while it moves: the six rows of the paper's Figure 4, for one seed and over seeds."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import _bifurcation
+from ._plots import extremes, finish, grid
+from ._results import loss_name, losses, settings
+
+_CLASSES = (("#D62728", "solid"), ("#E3B505", (0, (5, 1.5))), ("#1B2A6B", (0, (1.5, 1.2))))  # the paper's colours
+_STATIC, _DYNAMICAL = ("0.45", (0, (4, 1.5))), ("#0072B2", "solid")
+_MARKERS = "Xos^Dv"
+_COLOURS = ("black", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_WINDOWS = 400  # a series is averaged over about this many windows before seeds are compared
+_MOST = 12  # conditions that are drawn
+
+
+def write(dataset: xr.Dataset, directory: Path, seed: int) -> list[Path]:
+    """Draws everything: `dynamics…` and `dynamics_over_seeds…` for each dynamical loss, `accuracy`, `bifurcation`."""
+    written = []
+
+    def add(draw: Callable[..., Figure], name: str, *arguments: Any) -> None:
+        written.append(directory / name)
+        draw(*arguments, written[-1])
+
+    pairs = list(_pairs(dataset))
+    for name, static, members in pairs[:_MOST]:
+        suffix = "" if len(pairs) == 1 else "-" + re.sub("[^A-Za-z0-9.]+", "-", name.replace(" = ", ""))
+        add(one_seed, f"dynamics{suffix}.png", members, seed)
+        add(over_seeds, f"dynamics_over_seeds{suffix}.png", static, members)
+    add(accuracy, "accuracy.png", dataset)
+    if "hessian_max" in dataset:
+        add(bifurcations, "bifurcation.png", dataset)
+    return written
+
+
+def _pairs(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset, xr.Dataset]]:
+    """For every setting and dynamical loss: its name, the static members, its members. The static loss if it is all."""
+    for setting, part in settings(dataset):
+        static, *dynamical = losses(part)
+        for members in dynamical or [static]:
+            yield f"{setting}, {loss_name(members)}".removeprefix(", "), static, members
+
+
+def one_seed(members: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG of one member, the whole run on the left and the second period's end on the right, as in the paper:
+    class weights, loss, its change from one update to the next, accuracy, largest eigenvalues of Hessian and NTK."""
+    member = members.sel(seed=seed)
+    figure, rows = _six_rows(members)
+    for column, (low, high) in enumerate(_ranges(members)):
+        steps = np.arange(low, high)
+        loss = member.minibatch_loss.values[low : high + 1]
+        for series, (colour, dashes) in zip(member.class_weights.values[low:high].T, _CLASSES, strict=True):
+            rows["weights"][column].plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3)
+        _series(rows["loss"][column], steps, loss[: len(steps)], column)
+        _series(rows["difference"][column], steps[: len(loss) - 1], loss[:-1] - loss[1:], column)
+        _series(rows["accuracy"][column], steps, member.minibatch_accuracy.values[low:high], column)
+        if "hessian_max" in member:
+            seen = member.sel(observation_step=slice(low, high - 1))
+            for row in ("hessian_max", "ntk_max"):
+                style = {"linestyle": "none", "marker": ".", "markersize": 2.5 if column else 1.2, "color": "black"}
+                rows[row][column].plot(seen.observation_step, seen[row], **style)
+        rows["difference"][column].set_ylim((-0.25, 0.25) if column == 0 else (-0.15, 0.15))
+        rows["accuracy"][column].set_ylim(0, 1.03)
+    _threshold(rows, members)
+    names = [
+        rows["weights"][0].plot([], [], color=c, linestyle=d, label=f"class {i}")[0]
+        for i, (c, d) in enumerate(_CLASSES)
+    ]
+    rows["weights"][0].legend(handles=names, fontsize=7, loc="upper right", ncols=3)
+    return finish(figure, f"{loss_name(members)}, seed {seed}", members, "", path)
+
+
+def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG of the same rows for all seeds: median and the range from the 16th to the 84th percentile, of means
+    over windows of updates; of the change from one update to the next, the mean size. Static loss for comparison."""
+    figure, rows = _six_rows(members)
+    rows["difference"][0].set_ylabel("size of the one-step\ndifference (nats)")
+    sides = [("static", static, _STATIC)] * (static.amplitude.item() != members.amplitude.item())
+    sides.append((loss_name(members), members, _DYNAMICAL))
+    for column, (low, high) in enumerate(_ranges(members)):
+        steps = np.arange(low, high)
+        for series, (colour, dashes) in zip(members.class_weights.values[low:high].T, _CLASSES, strict=True):
+            rows["weights"][column].plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3)
+        for label, side, style in sides:
+            loss = side.minibatch_loss.values[:, low : high + 1]
+            _band(rows["loss"][column], steps, loss[:, : len(steps)], style, label)
+            _band(rows["difference"][column], steps[: loss.shape[1] - 1], abs(np.diff(loss)), style, label)
+            _band(rows["accuracy"][column], steps, side.minibatch_accuracy.values[:, low:high], style, label)
+            if "hessian_max" in side:
+                seen = side.sel(observation_step=slice(low, high - 1))
+                for row in ("hessian_max", "ntk_max"):
+                    _band(rows[row][column], seen.observation_step.values, seen[row].values, style, label)
+        rows["difference"][column].set_yscale("log")
+        rows["accuracy"][column].set_ylim(0, 1.03)
+    _threshold(rows, members)
+    rows["loss"][0].legend(fontsize=7, loc="lower left", ncols=2)
+    seeds = f"median of {members.sizes['seed']} seeds, band: 16th to 84th percentile; means over windows of updates"
+    return finish(figure, loss_name(members), members, seeds, path)
+
+
+def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG of the accuracies at the end, a point per seed with mean ± std, by setting and loss."""
+    groups = [(setting, losses(part)) for setting, part in settings(dataset)]
+    names = [loss_name(members) for members in groups[0][1]]
+    figure = Figure(figsize=(max(7.0, 2.5 + 1.7 * len(groups) * max(1, len(names) / 3)), 7.5), dpi=150)
+    figure.set_layout_engine("constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axes, split in ((top, "train"), (bottom, "validation")):
+        for index, (_, shown) in enumerate(groups):
+            for i, members in enumerate(shown):
+                x = index + 0.8 * ((i + 0.5) / len(shown) - 0.5)
+                values = members.accuracy.sel(split=split).values
+                values = values[:, np.isfinite(values).any(0)][:, -1:].ravel()
+                values = 100 * values[np.isfinite(values)]
+                spread = np.linspace(-0.08, 0.08, len(values)) * min(1, 3 / len(shown))
+                style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "linestyle": "none"}
+                axes.plot(x + spread, values, **style, markersize=4, alpha=0.7, markerfacecolor="none")
+                if len(values) > 1:
+                    axes.errorbar(x, values.mean(), values.std(ddof=1), color="black", capsize=5, linewidth=1.2)
+                    axes.plot([x - 0.07, x + 0.07], [values.mean()] * 2, color="black", linewidth=2)
+        axes.axhline(100 / 3, color="0.5", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.text(-0.48, 100 / 3 + 1, "chance", fontsize=8, color="0.35")
+        axes.set_ylabel(f"{split} accuracy (%)")
+        axes.set_ylim(25, 103)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.grid(alpha=0.3, axis="y")
+    bottom.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name, _ in groups])
+    for i, name in enumerate(names):
+        bottom.plot([], [], color=_COLOURS[i % 6], marker=_MARKERS[i % 6], linestyle="none", label=name)
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)))
+    return finish(figure, "Accuracy at the end", dataset, "a point per seed; bars: mean ± std over seeds", path)
+
+
+def bifurcations(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG: the first bifurcation of every seed against the first crossing of 2/η by its largest eigenvalue."""
+    figure = Figure(figsize=(7.5, 7.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    largest = 0.0
+    for i, times in enumerate(_bifurcation.first_times(dataset)):
+        x, y = times.crossing, times.bifurcation
+        r, low, high, n = times.correlation()
+        label = f"{times.setting}, {times.loss}".removeprefix(", ") + f": {n} of {len(x)} seeds"
+        label += f", r = {r:.3f}" if np.isfinite(r) else ""
+        label += f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+        style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "linestyle": "none", "markersize": 7}
+        axes.plot(x, y, **style, markerfacecolor="none", label=label)
+        largest = max(largest, *np.nan_to_num(x), *np.nan_to_num(y))
+    axes.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle=(0, (4, 2)), label="equal")
+    shown = np.concatenate([a[np.isfinite(a)] for line in axes.lines[:-1] for a in map(np.asarray, line.get_data())])
+    if shown.size:
+        margin = 0.08 * np.ptp(shown) + 25
+        axes.set_xlim(shown.min() - margin, shown.max() + margin)
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    axes.set_aspect("equal")
+    axes.set_xlabel("the largest Hessian eigenvalue first crosses 2/η (update)")
+    axes.set_ylabel(f"the loss first has period 2 (update, ± {_bifurcation.WINDOW})")
+    grid(axes)
+    figure.legend(loc="outside lower center", title="correlation over seeds [95 % CI]")
+    return finish(figure, "First bifurcation and edge of stability", dataset, "", path)
+
+
+def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
+    """An empty figure: for every row, by name, the axes of the whole run and of the zoom."""
+    labels = {
+        "weights": "class weight Γ",
+        "loss": "loss F (nats)",
+        "difference": "F(t) − F(t + 1)\n(nats)",
+        "accuracy": "train accuracy",
+        "hessian_max": "largest Hessian\neigenvalue",
+        "ntk_max": "largest NTK\neigenvalue",
+    }
+    if "hessian_max" not in members:
+        labels = dict(list(labels.items())[:4])
+    figure = Figure(figsize=(12, 1.0 + 2.05 * len(labels)), dpi=150, layout="constrained")
+    cells = figure.subplots(len(labels), 2, sharex="col", width_ratios=(3, 2))
+    rows = dict(zip(labels, map(tuple, cells), strict=True))
+    for name, pair in rows.items():
+        pair[0].set_ylabel(labels[name])
+        for axes, (low, high) in zip(pair, _ranges(members), strict=True):
+            if name in ("loss", "hessian_max"):
+                axes.set_yscale("log")
+            axes.set_xlim(low, high)
+            grid(axes)
+    for axes in cells[-1]:
+        axes.set_xlabel("step (updates)")
+    return figure, rows
+
+
+def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The steps of the two columns: all, and from 1.6 to 2.1 periods (8,000 to 10,500 in the paper), if there are."""
+    steps = int(np.isfinite(members.minibatch_loss.values).any(0).sum())
+    period = float(members.period) if float(members.amplitude) > 1 else steps / 4
+    low, high = round(1.6 * period), round(2.1 * period)
+    return (0, steps), (low, min(high, steps)) if low < steps - 1 else (0, steps)
+
+
+def _threshold(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset) -> None:
+    """The line 2/η, above which gradient descent is unstable."""
+    for axes in rows.get("hessian_max", ()):
+        axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
+    for axes in rows.get("hessian_max", ())[:1]:
+        label = f"2/η = {2 / float(members.learning_rate):g}"
+        axes.annotate(label, (0.005, 2 / float(members.learning_rate)), xycoords=("axes fraction", "data"), va="bottom",
+                      fontsize=8, color="#A04000")  # fmt: skip
+
+
+def _series(axes: Axes, steps: np.ndarray, values: np.ndarray, zoom: int) -> None:
+    """A line in the long view; points in the zoom, where the branches of an alternating series shall show."""
+    if zoom:
+        axes.plot(steps, values, linestyle="none", marker=".", markersize=1, color="black")
+    else:
+        kept, thinned = extremes(values)
+        axes.plot(steps[kept], thinned, color="black", linewidth=0.6)
+
+
+def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, style: tuple[str, Any], label: str) -> None:
+    """Median and 16th to 84th percentile over seeds of `[seeds, steps]`, averaged over windows of steps first."""
+    edges = np.unique(np.linspace(0, len(steps), min(len(steps), _WINDOWS) + 1).astype(int))
+    if len(edges) < 2:
+        return
+    means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
+    low, middle, high = np.nanquantile(means, (0.16, 0.5, 0.84), axis=0)
+    x = np.add.reduceat(steps, edges[:-1]) / np.diff(edges)
+    axes.plot(x, middle, color=style[0], linestyle=style[1], linewidth=1.2, label=label)
+    if len(values) > 1:
+        axes.fill_between(x, low, high, color=style[0], alpha=0.25, linewidth=0)
