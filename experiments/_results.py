@@ -16,7 +16,12 @@ repeated along `period`.
 """
 
 import itertools
+import os
+import platform
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -191,3 +196,51 @@ def loss_name(members: xr.Dataset) -> str:
     """The loss of a part of the dataset that has one amplitude and one period, in words."""
     amplitude = float(members.amplitude)
     return "static" if amplitude == 1 else f"A = {amplitude:g}, T = {float(members.period):g}"
+
+
+def _attributes(name: str) -> dict[str, str]:
+    unit, description = _UNITS[name]
+    return {"units": unit, "long_name": description}
+
+
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Writes the dataset as compressed netCDF. Whenever it is stopped, `path` holds the whole old or whole new file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    # An interrupted run can have empty variables, which cannot be compressed.
+    encoding = {name: {"zlib": True, "complevel": 1} for name, v in dataset.data_vars.items() if v.size}
+    try:
+        dataset.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Reads what `save` wrote into memory and closes the file."""
+    with xr.open_dataset(path, engine="h5netcdf") as dataset:
+        return dataset.load()
+
+
+def provenance() -> dict[str, str]:
+    """What computed a result: versions of Python and the packages that matter, platform, and the project's git commit.
+
+    Whatever is not installed is left out, and so is the commit without git; "+dirty" marks uncommitted changes.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    try:
+        commit = _git("rev-parse", "HEAD")
+        found["git_commit"] = commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
