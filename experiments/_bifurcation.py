@@ -5,20 +5,26 @@ The two times are found independently, one in the curvature and one in the loss.
 """
 
 import dataclasses
+import itertools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from scipy import stats
 
 from eqx_dynloss import landscape
 
+from ._plots import finish, grid
 from ._results import loss_name, losses, settings
 from ._summary import CONFIDENCE, Estimate, markdown_table
 
 WINDOW = 25  # updates over which the period of the loss is determined
+MOST = 12  # panels of the figure
 
 
 def crossing(steps: np.ndarray, eigenvalues: np.ndarray, threshold: float) -> float:
@@ -84,8 +90,8 @@ def report(dataset: xr.Dataset) -> list[str]:
         numbers = (times.crossing, times.bifurcation, times.bifurcation - times.crossing)
         correlation = f"{r:.3f}{interval}" if np.isfinite(r) else "–"
         cells = [f"{n}/{len(times.crossing)}", *(_estimate(a, 0) for a in numbers), correlation]
-        rows.append([times.setting, times.loss, *cells])
-    headers = ["setting", "loss", "seeds with both", "crossing of 2/η", "first bifurcation", "their difference"]
+        rows.append([f"{times.setting}, {times.loss}".removeprefix(", "), *cells])
+    headers = ["loss", "seeds with both", "crossing of 2/η", "first bifurcation", "their difference"]
     lines = ["## First bifurcation and the crossing of 2/η (updates, mean ± std over seeds)", ""]
     lines += markdown_table([*headers, "correlation [95 % CI]"], rows)
 
@@ -96,12 +102,49 @@ def report(dataset: xr.Dataset) -> list[str]:
                 if step in members.observation_step and step in members.step:
                     loss, seen = members.minibatch_loss.sel(step=step), members.sel(observation_step=step)
                     cells = [_estimate(v.values, d) for v, d in ((loss, 4), (seen.hessian_max, 3), (seen.ntk_max, 0))]
-                    rows.append([setting, loss_name(members), f"{step:,}", *cells])
+                    rows.append([f"{setting}, {loss_name(members)}".removeprefix(", "), f"{step:,}", *cells])
     if rows:
         lines += ["", "## The landscape in the first period (mean ± std over seeds)", ""]
-        headers = ["setting", "loss", "step", "F (nats)", "largest Hessian eigenvalue", "largest NTK eigenvalue"]
+        headers = ["loss", "step", "F (nats)", "largest Hessian eigenvalue", "largest NTK eigenvalue"]
         lines += markdown_table(headers, rows)
     return lines
+
+
+def figure(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG: the first bifurcation of every seed against the first crossing of 2/η by its largest eigenvalue.
+
+    A panel for each setting and loss, the same distance per update on both axes.
+    """
+    shown = [times for times in first_times(dataset) if times.correlation()[-1]][:MOST]
+    columns = min(3, max(1, len(shown)))
+    rows = -(-max(1, len(shown)) // columns)
+    drawing = Figure(figsize=(1 + 4.8 * columns, 1.5 + 5.2 * rows), dpi=150, layout="constrained")
+    panels = drawing.subplots(rows, columns, squeeze=False)
+    for axes, times in itertools.zip_longest(panels.flat, shown):
+        if times is None:
+            axes.set_axis_off()
+            continue
+        r, low, high, n = times.correlation()
+        name = f"{times.setting}, {times.loss}".removeprefix(", ") + f"\n{n} of {len(times.crossing)} seeds"
+        name += f", r = {r:.3f}" if np.isfinite(r) else ""
+        axes.set_title(name + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""), fontsize=10)
+        axes.errorbar(times.crossing, times.bifurcation + WINDOW / 2, yerr=WINDOW / 2,
+                      linestyle="none", marker="o", markersize=5, color="black", markerfacecolor="none",
+                      linewidth=0.8)  # fmt: skip
+        values = np.concatenate([times.crossing, times.bifurcation])
+        margin = 0.06 * np.ptp(values[np.isfinite(values)]) + 2 * WINDOW
+        limits = np.nanmin(values) - margin, np.nanmax(values) + margin
+        axes.plot(limits, limits, color="0.4", linewidth=1, linestyle=(0, (4, 2)), zorder=0)
+        axes.set_xlim(limits)
+        axes.set_ylim(limits)
+        axes.set_aspect("equal")
+        axes.locator_params(nbins=5)
+        axes.set_xlabel("largest Hessian eigenvalue crosses 2/η (update)")
+        axes.set_ylabel("loss first has period 2 (update)")
+        grid(axes)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    note = "dashed: equal times; r over seeds with its 95 % CI; bars: the window of updates"
+    return finish(drawing, "First bifurcation and edge of stability", dataset, note, path)
 
 
 def _estimate(values: np.ndarray, digits: int) -> str:

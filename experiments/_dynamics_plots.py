@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from . import _bifurcation
 from ._plots import extremes, finish, grid
@@ -38,7 +39,7 @@ def write(dataset: xr.Dataset, directory: Path, seed: int) -> list[Path]:
         add(over_seeds, f"dynamics_over_seeds{suffix}.png", static, members)
     add(accuracy, "accuracy.png", dataset)
     if "hessian_max" in dataset:
-        add(bifurcations, "bifurcation.png", dataset)
+        add(_bifurcation.figure, "bifurcation.png", dataset)
     return written
 
 
@@ -58,8 +59,7 @@ def one_seed(members: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Fi
     for column, (low, high) in enumerate(_ranges(members)):
         steps = np.arange(low, high)
         loss = member.minibatch_loss.values[low : high + 1]
-        for series, (colour, dashes) in zip(member.class_weights.values[low:high].T, _CLASSES, strict=True):
-            rows["weights"][column].plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3)
+        _weights(rows["weights"][column], steps, member)
         _series(rows["loss"][column], steps, loss[: len(steps)], column)
         _series(rows["difference"][column], steps[: len(loss) - 1], loss[:-1] - loss[1:], column)
         _series(rows["accuracy"][column], steps, member.minibatch_accuracy.values[low:high], column)
@@ -70,12 +70,7 @@ def one_seed(members: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Fi
                 rows[row][column].plot(seen.observation_step, seen[row], **style)
         rows["difference"][column].set_ylim((-0.25, 0.25) if column == 0 else (-0.15, 0.15))
         rows["accuracy"][column].set_ylim(0, 1.03)
-    _threshold(rows, members)
-    names = [
-        rows["weights"][0].plot([], [], color=c, linestyle=d, label=f"class {i}")[0]
-        for i, (c, d) in enumerate(_CLASSES)
-    ]
-    rows["weights"][0].legend(handles=names, fontsize=7, loc="upper right", ncols=3)
+    _finish_rows(rows, members)
     return finish(figure, f"{loss_name(members)}, seed {seed}", members, "", path)
 
 
@@ -88,8 +83,7 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
     sides.append((loss_name(members), members, _DYNAMICAL))
     for column, (low, high) in enumerate(_ranges(members)):
         steps = np.arange(low, high)
-        for series, (colour, dashes) in zip(members.class_weights.values[low:high].T, _CLASSES, strict=True):
-            rows["weights"][column].plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3)
+        _weights(rows["weights"][column], steps, members)
         for label, side, style in sides:
             loss = side.minibatch_loss.values[:, low : high + 1]
             _band(rows["loss"][column], steps, loss[:, : len(steps)], style, label)
@@ -101,7 +95,7 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
                     _band(rows[row][column], seen.observation_step.values, seen[row].values, style, label)
         rows["difference"][column].set_yscale("log")
         rows["accuracy"][column].set_ylim(0, 1.03)
-    _threshold(rows, members)
+    _finish_rows(rows, members)
     rows["loss"][0].legend(fontsize=7, loc="lower left", ncols=2)
     seeds = f"median of {members.sizes['seed']} seeds, band: 16th to 84th percentile; means over windows of updates"
     return finish(figure, loss_name(members), members, seeds, path)
@@ -114,6 +108,7 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
     figure = Figure(figsize=(max(7.0, 2.5 + 1.7 * len(groups) * max(1, len(names) / 3)), 7.5), dpi=150)
     figure.set_layout_engine("constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
+    hollow: dict[str, Any] = {"markersize": 5, "markerfacecolor": "none", "linestyle": "none"}
     for axes, split in ((top, "train"), (bottom, "validation")):
         for index, (_, shown) in enumerate(groups):
             for i, members in enumerate(shown):
@@ -122,8 +117,8 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
                 values = values[:, np.isfinite(values).any(0)][:, -1:].ravel()
                 values = 100 * values[np.isfinite(values)]
                 spread = np.linspace(-0.08, 0.08, len(values)) * min(1, 3 / len(shown))
-                style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "linestyle": "none"}
-                axes.plot(x + spread, values, **style, markersize=4, alpha=0.7, markerfacecolor="none")
+                style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6]}
+                axes.plot(x + spread, values, **style, **hollow)
                 if len(values) > 1:
                     axes.errorbar(x, values.mean(), values.std(ddof=1), color="black", capsize=5, linewidth=1.2)
                     axes.plot([x - 0.07, x + 0.07], [values.mean()] * 2, color="black", linewidth=2)
@@ -135,37 +130,9 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         axes.grid(alpha=0.3, axis="y")
     bottom.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name, _ in groups])
     for i, name in enumerate(names):
-        bottom.plot([], [], color=_COLOURS[i % 6], marker=_MARKERS[i % 6], linestyle="none", label=name)
+        bottom.plot([], [], color=_COLOURS[i % 6], marker=_MARKERS[i % 6], label=name, **hollow)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)))
     return finish(figure, "Accuracy at the end", dataset, "a point per seed; bars: mean ± std over seeds", path)
-
-
-def bifurcations(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
-    """Writes a PNG: the first bifurcation of every seed against the first crossing of 2/η by its largest eigenvalue."""
-    figure = Figure(figsize=(7.5, 7.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    largest = 0.0
-    for i, times in enumerate(_bifurcation.first_times(dataset)):
-        x, y = times.crossing, times.bifurcation
-        r, low, high, n = times.correlation()
-        label = f"{times.setting}, {times.loss}".removeprefix(", ") + f": {n} of {len(x)} seeds"
-        label += f", r = {r:.3f}" if np.isfinite(r) else ""
-        label += f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
-        style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6], "linestyle": "none", "markersize": 7}
-        axes.plot(x, y, **style, markerfacecolor="none", label=label)
-        largest = max(largest, *np.nan_to_num(x), *np.nan_to_num(y))
-    axes.axline((0, 0), slope=1, color="0.4", linewidth=1, linestyle=(0, (4, 2)), label="equal")
-    shown = np.concatenate([a[np.isfinite(a)] for line in axes.lines[:-1] for a in map(np.asarray, line.get_data())])
-    if shown.size:
-        margin = 0.08 * np.ptp(shown) + 25
-        axes.set_xlim(shown.min() - margin, shown.max() + margin)
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
-    axes.set_aspect("equal")
-    axes.set_xlabel("the largest Hessian eigenvalue first crosses 2/η (update)")
-    axes.set_ylabel(f"the loss first has period 2 (update, ± {_bifurcation.WINDOW})")
-    grid(axes)
-    figure.legend(loc="outside lower center", title="correlation over seeds [95 % CI]")
-    return finish(figure, "First bifurcation and edge of stability", dataset, "", path)
 
 
 def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
@@ -203,14 +170,32 @@ def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
     return (0, steps), (low, min(high, steps)) if low < steps - 1 else (0, steps)
 
 
-def _threshold(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset) -> None:
-    """The line 2/η, above which gradient descent is unstable."""
+def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset) -> None:
+    """Adds the line 2/η, above which gradient descent is unstable, and the numbers of logarithmic axes."""
+    for axes in (axes for pair in rows.values() for axes in pair if axes.get_yscale() == "log"):
+        _round_numbers(axes)
+    rows["weights"][0].legend(fontsize=7, loc="upper right", ncols=3)
     for axes in rows.get("hessian_max", ()):
         axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
-    for axes in rows.get("hessian_max", ())[:1]:
         label = f"2/η = {2 / float(members.learning_rate):g}"
-        axes.annotate(label, (0.005, 2 / float(members.learning_rate)), xycoords=("axes fraction", "data"), va="bottom",
-                      fontsize=8, color="#A04000")  # fmt: skip
+        place = (0.995, 2 / float(members.learning_rate))
+        axes.annotate(label, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+
+
+def _round_numbers(axes: Axes) -> None:
+    """Labels a logarithmic axis with plain numbers; within two decades also at 2 and 5."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _weights(axes: Axes, steps: np.ndarray, members: xr.Dataset) -> None:
+    """The class weights in the paper's colours, with room for a legend."""
+    for i, (colour, dashes) in enumerate(_CLASSES):
+        series = members.class_weights.values[steps[0] : steps[-1] + 1, i]
+        axes.plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3, label=f"class {i}")
+    axes.set_ylim(0, 1.25 * float(members.class_weights.max()))
 
 
 def _series(axes: Axes, steps: np.ndarray, values: np.ndarray, zoom: int) -> None:
@@ -223,8 +208,11 @@ def _series(axes: Axes, steps: np.ndarray, values: np.ndarray, zoom: int) -> Non
 
 
 def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, style: tuple[str, Any], label: str) -> None:
-    """Median and 16th to 84th percentile over seeds of `[seeds, steps]`, averaged over windows of steps first."""
-    edges = np.unique(np.linspace(0, len(steps), min(len(steps), _WINDOWS) + 1).astype(int))
+    """Median and 16th to 84th percentile over seeds of `[seeds, steps]`, averaged over windows of steps first.
+
+    A window has at least four of them: single ones of an alternating series would show which of them are odd.
+    """
+    edges = np.unique(np.linspace(0, len(steps), min(len(steps) // 4, _WINDOWS) + 1).astype(int))
     if len(edges) < 2:
         return
     means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)

@@ -5,6 +5,7 @@ made without pyplot, so that nothing depends on a display or on global state.
 """
 
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,7 @@ def finish(figure: Figure, title: str, dataset: xr.Dataset, note: str, path: str
         done = dataset.attrs.get("steps_done", dataset.sizes["step"])
         lines.append(f"INTERRUPTED after {done:,} updates")
     lines += [note] if note else []
-    figure.suptitle("\n".join(lines), fontsize=13, fontweight="bold")
+    wrapped = [part for line in lines for part in textwrap.wrap(line, int(8.5 * figure.get_figwidth()))]
+    figure.suptitle("\n".join(wrapped), fontsize=13, fontweight="bold")
     figure.savefig(path, format="png", metadata={"Title": "; ".join(lines)})
     return figure
