@@ -93,9 +93,8 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
                 seen = side.sel(observation_step=slice(low, high - 1))
                 for row in ("hessian_max", "ntk_max"):
                     _band(rows[row][column], seen.observation_step.values, seen[row].values, style, label)
-        rows["difference"][column].set_yscale("log")
         rows["accuracy"][column].set_ylim(0, 1.03)
-    _finish_rows(rows, members)
+    _finish_rows(rows, members, "difference")
     rows["loss"][0].legend(fontsize=7, loc="lower left", ncols=2)
     seeds = f"median of {members.sizes['seed']} seeds, band: 16th to 84th percentile; means over windows of updates"
     return finish(figure, loss_name(members), members, seeds, path)
@@ -153,8 +152,6 @@ def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]
     for name, pair in rows.items():
         pair[0].set_ylabel(labels[name])
         for axes, (low, high) in zip(pair, _ranges(members), strict=True):
-            if name in ("loss", "hessian_max"):
-                axes.set_yscale("log")
             axes.set_xlim(low, high)
             grid(axes)
     for axes in cells[-1]:
@@ -170,10 +167,14 @@ def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
     return (0, steps), (low, min(high, steps)) if low < steps - 1 else (0, steps)
 
 
-def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset) -> None:
-    """Adds the line 2/η, above which gradient descent is unstable, and the numbers of logarithmic axes."""
-    for axes in (axes for pair in rows.values() for axes in pair if axes.get_yscale() == "log"):
-        _round_numbers(axes)
+def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset, *logarithmic: str) -> None:
+    """Makes the axes of loss, Hessian and other rows logarithmic where there is anything positive to show, and adds the
+    line 2/η, above which gradient descent is unstable."""
+    for name in ("loss", "hessian_max", *logarithmic):
+        for axes in rows.get(name, ()):
+            if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
+                axes.set_yscale("log")
+                _round_numbers(axes)
     rows["weights"][0].legend(fontsize=7, loc="upper right", ncols=3)
     for axes in rows.get("hessian_max", ()):
         axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
@@ -212,12 +213,15 @@ def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, style: tuple[str, A
 
     A window has at least four of them: single ones of an alternating series would show which of them are odd.
     """
-    edges = np.unique(np.linspace(0, len(steps), min(len(steps) // 4, _WINDOWS) + 1).astype(int))
-    if len(edges) < 2:
+    edges = np.unique(np.linspace(0, len(steps), np.clip(len(steps) // 4, 1, _WINDOWS) + 1).astype(int))
+    lengths = np.diff(edges)
+    means = np.add.reduceat(values, edges[:-1], axis=1) / lengths if lengths.size else values
+    trained = np.isfinite(means).any(0)
+    if not trained.any():
+        axes.plot([], [], color=style[0], linestyle=style[1], label=label)
         return
-    means = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)
-    low, middle, high = np.nanquantile(means, (0.16, 0.5, 0.84), axis=0)
-    x = np.add.reduceat(steps, edges[:-1]) / np.diff(edges)
+    x = (np.add.reduceat(steps, edges[:-1]) / lengths)[trained]
+    low, middle, high = np.nanquantile(means[:, trained], (0.16, 0.5, 0.84), axis=0)
     axes.plot(x, middle, color=style[0], linestyle=style[1], linewidth=1.2, label=label)
     if len(values) > 1:
         axes.fill_between(x, low, high, color=style[0], alpha=0.25, linewidth=0)

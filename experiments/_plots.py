@@ -221,7 +221,9 @@ def finish(figure: Figure, title: str, dataset: xr.Dataset, note: str, path: str
         done = dataset.attrs.get("steps_done", dataset.sizes["step"])
         lines.append(f"INTERRUPTED after {done:,} updates")
     lines += [note] if note else []
-    wrapped = [part for line in lines for part in textwrap.wrap(line, int(8.5 * figure.get_figwidth()))]
+    width = int(8.5 * figure.get_figwidth())  # characters
+    head = [lines[0]] if len(lines[0]) <= width else [f"{title}:", subject(dataset)]
+    wrapped = [part for line in [*head, *lines[1:]] for part in textwrap.wrap(line, width)]
     figure.suptitle("\n".join(wrapped), fontsize=13, fontweight="bold")
     figure.savefig(path, format="png", metadata={"Title": "; ".join(lines)})
     return figure

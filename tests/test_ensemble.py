@@ -128,6 +128,29 @@ def test_only_the_first_chunk_of_a_run_compiles_anything(getkey):
         jax.monitoring.clear_event_listeners()
 
 
+class Distance(eqx.Module):
+    """Observes how far the outputs for some points are from 0, and the class weight of class 0."""
+
+    points: jax.Array
+
+    def __call__(self, state, loss, data):
+        return jnp.sum(jax.vmap(state.model)(self.points) ** 2), loss.schedule(state.step)[0], len(data)
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_observations_are_those_of_every_member(block_size, getkey):
+    keys, data, observe = jr.split(getkey(), 5), dataset(make_mlp, getkey()), Distance(jr.normal(getkey(), (4, 2)))
+    states = ensemble.init(make_mlp, OPTIMISER, keys)
+    first = [observe(member(states, i), member(losses(), i), data)[0] for i in range(5)]
+    states, _, (distance, weight, size), _ = ensemble.train_chunk(
+        states, losses(), OPTIMISER, data, num_steps=6, observe=observe, observe_every=2, block_size=block_size
+    )
+    assert distance.shape == weight.shape == (5, 3) and np.all(np.asarray(size) == 24)
+    assert tree_allclose(distance[:, 0], jnp.stack(first))
+    of_class_0 = lambda loss: jax.vmap(loss.schedule)(jnp.arange(0, 6, 2))[:, 0]
+    assert tree_allclose(weight, jax.vmap(of_class_0)(losses()))
+
+
 def test_evaluations_are_those_of_every_member(getkey):
     keys, data, other = jr.split(getkey(), 5), dataset(make_mlp, getkey()), dataset(make_mlp, getkey())
     states = ensemble.init(make_mlp, OPTIMISER, keys)

@@ -183,7 +183,7 @@ def logistic(r, steps=400, keep=64):
         (0.1 * (np.arange(64) / 32 - 1) ** 2, 1),
         (np.cos(np.arange(64) / 8), 1),
         (2 + 1e-5 * logistic(3.9), 1),  # too small to be more than the kinks of a ReLU network
-        (2 + 1e-2 * logistic(3.2), 2),
+        (2 + 3e-2 * logistic(3.2), 2),
     ],
 )
 def test_the_period_of_a_series(series, expected, drift, x64):

@@ -96,3 +96,12 @@ def test_depth_counts_hidden_layers(getkey):
 def test_an_unknown_initialisation_is_an_error(getkey):
     with pytest.raises(ValueError, match='init must be "paper" or "glorot", got \'lecun\''):
         undecorated(MLP.__init__)(object.__new__(MLP), 2, 10, 3, init="lecun", key=getkey())
+
+
+@pytest.mark.parametrize("init", ["paper", "glorot"])
+def test_without_biases_the_weights_are_the_same(init, getkey):
+    key = getkey()
+    without, usual = (MLP(2, 100, 3, init=init, use_bias=flag, key=key) for flag in (False, True))
+    assert sum(leaf.size for leaf in jax.tree.leaves(without)) == 500
+    for mine, theirs in zip(without.layers, usual.layers, strict=True):
+        assert mine.bias is None and np.array_equal(mine.weight, theirs.weight)

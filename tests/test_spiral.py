@@ -3,30 +3,21 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from eqx_dynloss import ensemble, train
+from eqx_dynloss import train
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
+from experiments import _bifurcation
+from experiments.spiral import Config, curvature, spiral
+from experiments.spiral import train as run
 
 pytestmark = pytest.mark.usefixtures("x64")
 OPTIMISER = optax.sgd(1.0)
-
-
-def spiral():
-    """Three classes of 100 points, noise from NumPy's legacy generator with seed 0, drawn class by class."""
-    rng = np.random.RandomState(0)
-    radius = np.linspace(0.0, 1, 100)
-    arms = []
-    for j in range(3):
-        angle = np.linspace(2 * np.pi * j / 3, 2 * np.pi * j / 3 + 4 * np.pi, 100) + 0.2 * rng.randn(100)
-        arms.append(np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1))
-    return np.concatenate(arms), np.repeat(np.arange(3), 100)
 
 
 def make_mlp(key):
@@ -64,14 +55,14 @@ def authors_run(weights, points, labels, amplitude, period, num_periods):
 
 def test_follows_the_authors_update_step_for_step(getkey):
     amplitude, period, num_periods = 70.0, 250, 4
-    points, labels = spiral()
+    data = spiral(0)
+    points, labels = np.asarray(data.inputs), np.asarray(data.labels)
     state = train.init(make_mlp, OPTIMISER, getkey())
     first, second = state.model.layers
     expected = authors_run(
         (first.weight, first.bias, second.weight, second.bias), points, labels, amplitude, period, num_periods
     )
     schedule = OscillatingWeights(3, amplitude, period, inclusive_period=True)
-    data = train.Dataset(jnp.asarray(points), jnp.asarray(labels))
     _, metrics, _ = train.train_chunk(state, DynamicalLoss(schedule), OPTIMISER, data, num_steps=len(expected))
     weights = jax.vmap(schedule)(jnp.arange(len(expected)))
     assert len(expected) == 1004
@@ -80,39 +71,79 @@ def test_follows_the_authors_update_step_for_step(getkey):
     np.testing.assert_allclose(metrics.accuracy, expected[:, 1], atol=1e-12)
 
 
+def test_the_data_are_the_authors():
+    """Redrawn as the notebook does it: noise from the legacy generator, class by class. Facts from REFERENCE: 300
+    points, and the three arms share the origin, so that 298 of them can be told apart."""
+    rng = np.random.RandomState(0)
+    data = spiral(0)
+    for j in range(3):
+        radius, angle = np.linspace(0.0, 1, 100), np.linspace(2 * np.pi * j / 3, 2 * np.pi * (j + 6) / 3, 100)
+        angle = angle + rng.randn(100) * 0.2
+        arm = np.asarray(data.inputs[100 * j : 100 * (j + 1)])
+        np.testing.assert_allclose(arm, np.c_[radius * np.cos(angle), radius * np.sin(angle)], atol=1e-14)
+        assert set(np.asarray(data.labels[100 * j : 100 * (j + 1)])) == {j}
+    assert len(np.unique(np.asarray(data.inputs), axis=0)) == 298
+    assert data.inputs.dtype == np.float64
+    assert not np.array_equal(spiral(1).inputs, data.inputs)
+
+
 def test_reproduces_the_numbers_of_the_papers_figure():
     """Ten seeds of the paper-era initialisation against the loss, the largest eigenvalues of Hessian and NTK, and the
     onset of the first bifurcation, all read off a re-run of the figure with one seed (about 1 % accurate)."""
-    points, labels = spiral()
-    data = train.Dataset(jnp.asarray(points), jnp.asarray(labels))
-    schedule = OscillatingWeights(3, 70.0, 5000, inclusive_period=True)
-    losses = DynamicalLoss(jax.tree.map(lambda leaf: jnp.repeat(leaf, 10), schedule))
-    states = ensemble.init(make_mlp, OPTIMISER, jr.split(jr.key(0), 10))
-
-    @eqx.filter_jit
-    def largest_eigenvalues(model, step):
-        """Of the dense Hessian of the dynamical loss, and of the NTK of the first 50 points, (1/C) Σ_c J_c J_cᵀ."""
-        parameters, unravel = ravel_pytree(model)
-        loss = lambda p: DynamicalLoss(schedule)(jax.vmap(unravel(p))(data.inputs), data.labels, step)
-        jacobian = jax.jacobian(lambda p: jax.vmap(unravel(p))(data.inputs[:50]))(parameters)
-        ntk = jnp.einsum("icp,jcp->ij", jacobian, jacobian) / 3
-        hessian = jax.hessian(loss)(parameters)
-        return jnp.stack([jnp.linalg.eigvalsh(hessian)[-1], jnp.linalg.eigvalsh(ntk)[-1]])
-
-    def medians(states):
-        members = (jax.tree.map(lambda leaf, i=i: leaf[i], states.model) for i in range(10))
-        return np.median([largest_eigenvalues(model, states.step[0]) for model in members], 0)
-
-    states, first, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=2500)
-    np.testing.assert_allclose(medians(states), [0.601, 347], rtol=0.05)
-    states, second, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=1500)
-    np.testing.assert_allclose(medians(states), [1.62, 461], rtol=0.05)
-    states, third, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=350)
-    start = np.asarray(first.loss[:, 0])
+    results = run(Config(seeds=10, updates=4500, curvature=500)).isel(init=0, width=0, learning_rate=0, period=0)
+    members = results.sel(amplitude=70)
+    for step, hessian, ntk, loss in [(2500, 0.601, 347, 0.133), (4000, 1.62, 461, 0.252)]:
+        seen = members.sel(observation_step=step)
+        assert np.isclose(seen.hessian_max.median(), hessian, rtol=0.05)
+        assert np.isclose(seen.ntk_max.median(), ntk, rtol=0.05)
+        for eigenvalue, one_seed in ((seen.hessian_max, hessian), (seen.ntk_max, ntk)):
+            assert abs(eigenvalue.mean() - one_seed) < 2.5 * eigenvalue.std(ddof=1)
+        assert np.isclose(members.minibatch_loss.sel(step=step).mean(), loss, rtol=0.02)
+    start = members.minibatch_loss.sel(step=0).values
     assert abs(start.mean() - 1.085) < 2.5 * start.std(ddof=1)  # one draw of many: ours are 1.126 ± 0.026
-    assert np.isclose(second.loss[:, 0].mean(), 0.133, rtol=0.02)
-    assert np.isclose(third.loss[:, 0].mean(), 0.252, rtol=0.02)
     # The period-2 oscillation of the loss, which begins near step 4,130: absent at step 3,500, present at 4,300.
-    alternation = lambda loss: np.abs(np.diff(np.asarray(loss), 2)).mean(1)
-    assert np.median(alternation(second.loss[:, 950:1050])) < 1e-5
-    assert np.median(alternation(third.loss[:, 250:])) > 1e-3
+    alternation = lambda loss: np.abs(np.diff(loss.values, 2)).mean(1)
+    assert np.median(alternation(members.minibatch_loss.sel(step=slice(3450, 3550)))) < 1e-5
+    assert np.median(alternation(members.minibatch_loss.sel(step=slice(4300, 4350)))) > 1e-3
+    times = [_bifurcation.bifurcation(series) for series in members.minibatch_loss.values]
+    assert 4000 < np.median(times) < 4200
+
+
+def test_what_is_observed_is_the_dense_curvature(getkey):
+    """In the middle of a class's turn, where the class weights matter."""
+    schedule = OscillatingWeights(3, 70.0, 5000, inclusive_period=True)
+    data, state = spiral(0), train.init(lambda key: MLP(2, 20, 3, key=key), OPTIMISER, getkey())
+    state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(2500))
+    parameters, unravel = ravel_pytree(state.model)
+    outputs = lambda p: jax.vmap(unravel(p))(data.inputs)
+    loss = lambda p: DynamicalLoss(schedule)(outputs(p), data.labels, 2500)
+    eigenvalues = np.linalg.eigvalsh(jax.hessian(loss)(parameters))
+    jacobian = np.asarray(jax.jacobian(outputs)(parameters))[:50]  # [points, outputs, parameters]
+    ntk = sum(jacobian[:, c] @ jacobian[:, c].T for c in range(3)) / 3
+    seen = eqx.filter_jit(curvature)(state, DynamicalLoss(schedule), data)
+    assert np.isclose(seen["hessian_max"], eigenvalues[-1], rtol=1e-4)  # after ten products
+    assert abs(seen["hessian_max"] - eigenvalues[-1]) <= seen["hessian_max_error"] + 1e-12
+    assert np.min(np.abs(seen["hessian_min"] - eigenvalues)) <= seen["hessian_min_error"] + 1e-12
+    assert np.isclose(seen["ntk_max"], np.linalg.eigvalsh(ntk)[-1], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_reproduces_the_accuracies_and_the_onset_of_instability():
+    """REFERENCE's table, within 3 standard errors of the difference of two means of ten seeds, and bifurcations."""
+    results = run(Config(seeds=10))
+    members = results.isel(init=0, width=0, learning_rate=0, period=0)
+    final = members.accuracy.isel(evaluation_step=-1)
+    for amplitude, split, mean, std in [
+        (1, "train", 0.496, 0.029),
+        (1, "validation", 0.462, 0.033),
+        (70, "train", 0.993, 0.001),
+        (70, "validation", 0.948, 0.010),
+    ]:
+        ours = final.sel(amplitude=amplitude, split=split).values
+        error = np.sqrt((ours.var(ddof=1) + std**2) / 10)
+        assert abs(ours.mean() - mean) < 3 * max(error, 0.001)
+    static, dynamical = _bifurcation.first_times(results)
+    r, low, _, n = dynamical.correlation()
+    assert n == 10 and r > 0.95 and low > 0.8
+    assert np.all(np.abs(dynamical.bifurcation - dynamical.crossing) < 100)
+    assert np.all(static.bifurcation < 1000)

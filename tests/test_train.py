@@ -114,6 +114,53 @@ def test_a_batch_size_out_of_range_is_an_error(batch_size, getkey):
         train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=batch_size)
 
 
+def norm_and_step(state, loss, data):
+    return {"norm": optax.tree.norm(state.model), "step": state.step, "weight": loss.schedule(state.step)[0]}
+
+
+@pytest.mark.parametrize("every", [1, 4, 20])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_observations_are_of_the_states_before_every_so_many_updates(every, batch_size, getkey):
+    data = blobs(getkey())
+    start = train.init(make_mlp, OPTIMISER, getkey())
+    start, _, _ = train.train_chunk(start, LOSS, OPTIMISER, data, num_steps=3, batch_size=batch_size)
+    chunk = eqx.filter_jit(ft.partial(train.train_chunk, batch_size=batch_size))
+    end, metrics, seen = chunk(start, LOSS, OPTIMISER, data, num_steps=20, observe=norm_and_step, observe_every=every)
+    unobserved, expected, nothing = chunk(start, LOSS, OPTIMISER, data, num_steps=20)
+    assert nothing is None
+    assert tree_allclose(metrics, expected) and tree_allclose(end.model, unobserved.model)
+    state, states = start, []
+    for _ in range(20 // every):
+        states.append(norm_and_step(state, LOSS, data))
+        state, _, _ = chunk(state, LOSS, OPTIMISER, data, num_steps=every)
+    assert tree_allclose(seen, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+    assert np.array_equal(seen["step"], 3 + np.arange(0, 20, every))
+
+
+def test_observations_must_fit_into_the_chunk(getkey):
+    state = train.init(make_mlp, OPTIMISER, getkey())
+    with pytest.raises(ValueError, match="observe_every must divide num_steps, 20, got 3"):
+        train.train_chunk(state, LOSS, OPTIMISER, blobs(getkey()), num_steps=20, observe=norm_and_step, observe_every=3)
+
+
+def test_observing_costs_nothing_at_the_other_updates(getkey):
+    """Also where members are vmapped: what is observed is computed in the outer loop of the program, not the inner."""
+    data, state = blobs(getkey()), train.init(make_mlp, OPTIMISER, getkey())
+
+    def expensive(state, loss, data):
+        return jnp.linalg.matrix_power(jnp.outer(data.inputs[:, 0], data.inputs[:, 1]), 5)
+
+    vmapped = lambda states: jax.vmap(
+        lambda s: train.train_chunk(s, LOSS, OPTIMISER, data, num_steps=20, observe=expensive, observe_every=10)
+    )(states)
+    arrays = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), eqx.filter(state, eqx.is_array))
+    static = eqx.filter(state, eqx.is_array, inverse=True)
+    jaxpr = jax.make_jaxpr(lambda arrays: eqx.filter(vmapped(eqx.combine(arrays, static)), eqx.is_array))(arrays)
+    (outer,) = [e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 2]
+    (inner,) = [e for e in outer.params["jaxpr"].eqns if e.primitive.name == "scan" and e.params["length"] == 10]
+    assert "30,30" in str(outer.params["jaxpr"]) and "30,30" not in str(inner.params["jaxpr"])
+
+
 def test_a_run_that_diverges_stops_at_its_last_finite_state_and_says_when(getkey):
     data = blobs(getkey())
     optimiser = optax.sgd(1e30)
@@ -127,6 +174,9 @@ def test_a_run_that_diverges_stops_at_its_last_finite_state_and_says_when(getkey
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
     _, metrics = train.train_step(state, LOSS, optimiser, data.inputs, data.labels)
     assert jnp.isnan(metrics.loss) and jnp.isnan(metrics.accuracy)
+    _, _, seen = train.train_chunk(states[0], LOSS, optimiser, data, num_steps=10, observe=norm_and_step)
+    assert np.array_equal(np.isnan(seen["norm"]), np.arange(10) > int(state.step))
+    assert seen["step"][-1] == state.step
 
 
 def test_a_model_with_parts_that_are_not_arrays_trains(getkey):

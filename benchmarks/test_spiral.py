@@ -1,0 +1,119 @@
+"""Training on the paper's spiral: the ensemble against the loop of the authors' notebook, both in float64.
+
+All make the same updates of the same members and return every loss. The loop is a re-statement of what the public
+notebook does in every update: four jitted calls (the step, the plain loss, the accuracy, the weighted loss), and the
+class weights, which are not jitted; the results are kept in lists.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eqx_dynloss import ensemble, train
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import MLP
+from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.train import Dataset
+from experiments.spiral import spiral
+
+from .comparison import Compare, Work
+from .contestant import Contestant
+
+AMPLITUDE, PERIOD, WIDTH = 70.0, 5000, 100
+TOLERANCE = 1e-9
+
+
+def test_training_on_the_spiral(compare: Compare):
+    members, steps = (8, 50) if compare.timed else (2, 3)
+    with jax.enable_x64(True):
+        data = spiral(0)
+        keys = jax.random.split(jax.random.key(0), members)
+        entrants = [ours(data, keys, steps), scans(data, keys, steps), authors_loop(data, keys, steps)]
+        compare(
+            "training on the spiral (2-100-3, 300 points, full batch, float64)",
+            f"{members} members x {steps} updates on {jax.device_count()} device(s)",
+            entrants,
+            tolerance=TOLERANCE,
+            work=Work(members * steps, "member-updates", "one update of one member"),
+            min_rounds=9,
+        )
+
+
+def make_mlp(key):
+    return MLP(2, WIDTH, 3, key=key)
+
+
+def ours(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
+    """All members in one program, on all devices."""
+    schedule = OscillatingWeights(3, np.full(len(keys), AMPLITUDE), PERIOD, inclusive_period=True)
+    losses, optimiser = DynamicalLoss(schedule), optax.sgd(1.0)
+    start = ensemble.init(make_mlp, optimiser, keys)
+    everywhere = ensemble.replicate(data, start)
+
+    def call():
+        states = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, start)  # donated
+        _, metrics, _, _ = ensemble.train_chunk(states, losses, optimiser, everywhere, num_steps=steps)
+        return metrics.loss
+
+    return Contestant("ours", call)
+
+
+def scans(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
+    """One compiled scan over the updates, called for one member after another on one device."""
+    loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDE, PERIOD, inclusive_period=True))
+    optimiser = optax.sgd(1.0)
+    model = lambda key: train.init(make_mlp, optimiser, key)
+    chunk: Any = jax.jit(lambda key: train.train_chunk(model(key), loss, optimiser, data, num_steps=steps)[1].loss)
+    return Contestant("scan per member", lambda: jnp.stack([chunk(key) for key in keys]))
+
+
+def authors_loop(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
+    """A Python loop over updates, one member after another on one device."""
+    models = [train.init(make_mlp, optax.sgd(1.0), key).model for key in keys]
+    starts = [[(layer.weight.T, layer.bias) for layer in model.layers] for model in models]
+    onehot = jax.nn.one_hot(data.labels, 3)
+
+    def log_probabilities(parameters):
+        (w1, b1), (w2, b2) = parameters
+        return jax.nn.log_softmax(jax.nn.relu(data.inputs @ w1 + b1[None]) @ w2 + b2[None])
+
+    def class_weights(t, active):
+        slope = 2 * (AMPLITUDE - 1) / PERIOD
+        peak = jnp.where(t < PERIOD / 2, 1 + slope * t, 2 * AMPLITUDE - 1 - slope * t)
+        raw = jnp.ones(3) + (peak - 1) * jnp.eye(3)[active]
+        return 3 * raw / jnp.sum(raw)
+
+    @jax.jit
+    def weighted_loss(parameters, t, active):
+        return -3 * jnp.mean(log_probabilities(parameters) * onehot * class_weights(t, active)[None])
+
+    @jax.jit
+    def loss(parameters):
+        return -3 * jnp.mean(log_probabilities(parameters) * onehot)
+
+    @jax.jit
+    def accuracy(parameters):
+        return jnp.mean(jnp.argmax(log_probabilities(parameters), 1) == jnp.argmax(onehot, 1))
+
+    @jax.jit
+    def step(t, parameters, active):
+        gradient = jax.grad(weighted_loss)(parameters, t, active)
+        return t + 1, jax.tree.map(lambda p, g: p - g, parameters, gradient)
+
+    def train_one(parameters):
+        record = {"weighted": [], "plain": [], "accuracy": [], "weights": []}
+        t, active = 0, 0
+        for _ in range(steps):
+            record["plain"] += [loss(parameters)]
+            record["accuracy"] += [accuracy(parameters)]
+            record["weighted"] += [weighted_loss(parameters, t, active)]
+            record["weights"] += [class_weights(t, active)]
+            t, parameters = step(t, parameters, active)
+            if t > PERIOD:
+                t, active = 0, (active + 1) % 3
+        return np.array(record["weighted"])
+
+    return Contestant("authors' loop", lambda: np.array([train_one(parameters) for parameters in starts]))
