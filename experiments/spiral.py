@@ -233,9 +233,10 @@ def make_schedules(config: Config) -> OscillatingWeights:
 def cpu_seconds_per_update(width: int, curvature: int) -> float:
     """About how long an update of a member takes on this CPU's cores; for the announced time and the length of chunks.
 
-    Fitted to widths 100 and 1000 on two cores. An observation costs as much as some twenty updates.
+    Fitted to widths 10, 100 and 1000 on two cores. An observation costs as much as some twenty updates.
     """
-    return (2e-5 + 7e-7 * width) * (1 + (20 / curvature if curvature else 0)) / jax.device_count()
+    update = 2.5e-5 + 6e-7 * width + 1.2e-9 * width**2
+    return update * (1 + (20 / curvature if curvature else 0)) / jax.device_count()
 
 
 def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:

@@ -2,12 +2,16 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 from eqx_dynloss_kernels import launch, plain, triton, weighted_xent
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from eqx_dynloss.landscape import hessian_spectrum
 
 from ..helpers import tree_allclose, undecorated
 from .test_weighted_xent import by_formula, problem
@@ -383,3 +387,21 @@ def test_with_several_devices_the_kernel_is_for_shard_map(monkeypatch):
 def test_nothing_to_do():
     loss, lse = weighted_xent(jnp.zeros((0, 1000)), jnp.zeros(0, int), jnp.ones(1000), implementation="pallas")
     assert loss.shape == lse.shape == (0,)
+
+
+def test_the_curvature_of_a_model_goes_through_the_kernel(interpreted):
+    """Hessian-vector products by Lanczos, against the dense Hessian of the loss written out."""
+    inputs, labels = jr.normal(jr.key(0), (12, 2)), jnp.arange(12) % 3
+    model = eqx.nn.Linear(2, 3, key=jr.key(1))
+    weights = jnp.array([0.5, 1.5, 1.0])
+
+    def objective(model):
+        return jnp.mean(weighted_xent(jax.vmap(model)(inputs), labels, weights, implementation="pallas")[0])
+
+    def written_out(flat):
+        logits = inputs @ flat[:6].reshape(3, 2).T + flat[None, 6:]
+        return -jnp.mean(weights[labels] * jax.nn.log_softmax(logits)[jnp.arange(12), labels])
+
+    spectrum = hessian_spectrum(objective, model, order=9, key=jr.key(2))
+    dense = jnp.linalg.eigvalsh(jax.hessian(written_out)(jnp.concatenate([model.weight.ravel(), model.bias])))
+    assert tree_allclose(spectrum.eigenvalues[-1], dense[-1], rtol=1e-4)
