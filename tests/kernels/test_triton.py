@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from eqx_dynloss_kernels import launch, plain, triton, weighted_xent
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from eqx_dynloss.landscape import hessian_spectrum
@@ -403,5 +404,5 @@ def test_the_curvature_of_a_model_goes_through_the_kernel(interpreted):
         return -jnp.mean(weights[labels] * jax.nn.log_softmax(logits)[jnp.arange(12), labels])
 
     spectrum = hessian_spectrum(objective, model, order=9, key=jr.key(2))
-    dense = jnp.linalg.eigvalsh(jax.hessian(written_out)(jnp.concatenate([model.weight.ravel(), model.bias])))
+    dense = jnp.linalg.eigvalsh(jax.hessian(written_out)(ravel_pytree(model)[0]))
     assert tree_allclose(spectrum.eigenvalues[-1], dense[-1], rtol=1e-4)
