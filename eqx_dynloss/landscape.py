@@ -186,7 +186,8 @@ def period(
     """After how many updates the loss repeats itself: 1, 2 or 4, or 0 if it does not.
 
     A loss that only drifts has period 1; past the first bifurcation it alternates (2), past the second it takes turns
-    between four values (4), and then it is chaotic, or of a longer period (0). Ours: the paper reads this off by eye.
+    between four values (4), and then it is chaotic, or of another period (0). An oscillation so slow that it is smooth
+    from one update to the next, of some five updates and more, counts as a drift. Ours: the paper reads it off by eye.
 
     **Arguments:**
 
@@ -203,6 +204,6 @@ def period(
         return jnp.mean(jnp.abs(loss[..., 2 * lag :] - 2 * loss[..., lag:-lag] + loss[..., : -2 * lag]), -1)
 
     one, two, four = change(1), change(2), change(4)
-    is_smooth = (two > 2 * one) | (one <= 4 * resolution * jnp.mean(jnp.abs(loss), -1))  # ±a gives 4a
-    repeats = [is_smooth, two <= tolerance * one, four <= tolerance * jnp.maximum(one, two)]
-    return jnp.select(repeats, [jnp.full(one.shape, p) for p in (1, 2, 4)], 0)
+    is_still = one <= 4 * resolution * jnp.mean(jnp.abs(loss), -1)  # ±a gives 4a
+    repeats = [is_still, two <= tolerance * one, four <= tolerance * jnp.maximum(one, two), two > 2 * one]
+    return jnp.select(repeats, [jnp.full(one.shape, p) for p in (1, 2, 4, 1)], 0)

@@ -186,7 +186,7 @@ def train_chunk(
     if observe is None:
         arrays, metrics = lax.scan(body, arrays, order, length=num_steps)
         return eqx.combine(arrays, static), metrics, None
-    if num_steps % observe_every:
+    if observe_every < 1 or num_steps % observe_every:
         raise ValueError(f"observe_every must divide num_steps, {num_steps}, got {observe_every}.")
 
     def observe_then_train(arrays, order):
@@ -254,7 +254,7 @@ def _mean_over_microbatches(function, size):
 
 
 def _accuracy(outputs, labels):
-    return jnp.mean(jnp.argmax(outputs, -1) == labels.astype(int))
+    return jnp.mean(jnp.argmax(outputs, -1) == labels.astype(int), dtype=float)
 
 
 def _all_finite(tree):

@@ -28,10 +28,13 @@ MOST = 12  # panels of the figure
 
 
 def crossing(steps: np.ndarray, eigenvalues: np.ndarray, threshold: float) -> float:
-    """The step at which a series first rises through the threshold, linearly interpolated; NaN if it never does."""
+    """The step at which a series first rises through the threshold, linearly interpolated.
+
+    NaN if it never does, and if it begins above it: there was no crossing then that could be compared with anything.
+    """
     above = eigenvalues >= threshold
-    (rises,) = np.nonzero(~above[:-1] & above[1:] & np.isfinite(eigenvalues[:-1]))
-    if not rises.size:
+    (rises,) = np.nonzero(~above[:-1] & above[1:])
+    if above[:1].any() or not rises.size or not np.isfinite(eigenvalues[rises[0]]):
         return np.nan
     i = rises[0]
     share = (threshold - eigenvalues[i]) / (eigenvalues[i + 1] - eigenvalues[i])

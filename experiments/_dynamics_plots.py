@@ -34,7 +34,7 @@ def write(dataset: xr.Dataset, directory: Path, seed: int) -> list[Path]:
 
     pairs = list(_pairs(dataset))
     for name, static, members in pairs[:_MOST]:
-        suffix = "" if len(pairs) == 1 else "-" + re.sub("[^A-Za-z0-9.]+", "-", name.replace(" = ", ""))
+        suffix = "" if len(pairs) == 1 else "-" + re.sub("[^A-Za-z0-9.+]+", "-", name.replace(" = ", ""))
         add(one_seed, f"dynamics{suffix}.png", members, seed)
         add(over_seeds, f"dynamics_over_seeds{suffix}.png", static, members)
     add(accuracy, "accuracy.png", dataset)
@@ -96,7 +96,9 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
         rows["accuracy"][column].set_ylim(0, 1.03)
     _finish_rows(rows, members, "difference")
     rows["loss"][0].legend(fontsize=7, loc="lower left", ncols=2)
+    lost = sum(int((side.diverged_at >= 0).sum()) for _, side, _ in sides)
     seeds = f"median of {members.sizes['seed']} seeds, band: 16th to 84th percentile; means over windows of updates"
+    seeds += f"; {lost} members diverged and are missing from then on" if lost else ""
     return finish(figure, loss_name(members), members, seeds, path)
 
 
@@ -112,9 +114,11 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         for index, (_, shown) in enumerate(groups):
             for i, members in enumerate(shown):
                 x = index + 0.8 * ((i + 0.5) / len(shown) - 0.5)
-                values = members.accuracy.sel(split=split).values
+                values = members.accuracy.sel(split=split).values[members.diverged_at.values < 0]
                 values = values[:, np.isfinite(values).any(0)][:, -1:].ravel()
                 values = 100 * values[np.isfinite(values)]
+                if len(values) < members.sizes["seed"]:
+                    axes.text(x, 26, f"{members.sizes['seed'] - len(values)} left out", fontsize=7, ha="center")
                 spread = np.linspace(-0.08, 0.08, len(values)) * min(1, 3 / len(shown))
                 style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6]}
                 axes.plot(x + spread, values, **style, **hollow)
@@ -124,14 +128,16 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         axes.axhline(100 / 3, color="0.5", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.text(-0.48, 100 / 3 + 1, "chance", fontsize=8, color="0.35")
         axes.set_ylabel(f"{split} accuracy (%)")
-        axes.set_ylim(25, 103)
+        axes.set_ylim(25, 112)
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(alpha=0.3, axis="y")
     bottom.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name, _ in groups])
     for i, name in enumerate(names):
         bottom.plot([], [], color=_COLOURS[i % 6], marker=_MARKERS[i % 6], label=name, **hollow)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)))
-    return finish(figure, "Accuracy at the end", dataset, "a point per seed; bars: mean ± std over seeds", path)
+    return finish(
+        figure, "Accuracy at the end", dataset, "a point per seed that did not diverge; bars: mean ± std", path
+    )
 
 
 def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
@@ -163,8 +169,8 @@ def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
     """The steps of the two columns: all, and from 1.6 to 2.1 periods (8,000 to 10,500 in the paper), if there are."""
     steps = int(np.isfinite(members.minibatch_loss.values).any(0).sum())
     period = float(members.period) if float(members.amplitude) > 1 else steps / 4
-    low, high = round(1.6 * period), round(2.1 * period)
-    return (0, steps), (low, min(high, steps)) if low < steps - 1 else (0, steps)
+    low, high = round(1.6 * period), min(round(2.1 * period), steps)
+    return (0, steps), (low, high) if high - low > 1 else (0, steps)
 
 
 def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset, *logarithmic: str) -> None:

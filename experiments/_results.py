@@ -50,8 +50,11 @@ _UNITS = {
     "observation_step": ("update", "updates made before the observation"),
     "hessian_max": ("1", "largest eigenvalue of the Hessian of the loss with the step's class weights"),
     "hessian_max_error": ("1", "error bound of hessian_max, the Ritz residual"),
-    "hessian_min": ("1", "smallest eigenvalue of the same Hessian"),
-    "hessian_min_error": ("1", "error bound of hessian_min, the Ritz residual"),
+    "hessian_min": ("1", "smallest Ritz value of the same Hessian, an upper bound of its smallest eigenvalue"),
+    "hessian_min_error": (
+        "1",
+        "the Ritz residual: an eigenvalue is that near hessian_min, but a smaller one can exist",
+    ),
     "ntk_max": ("1", "largest eigenvalue of the empirical neural tangent kernel"),
     "ntk_max_error": ("1", "error bound of ntk_max, the Ritz residual"),
     "init": ("1", "initialisation"),

@@ -28,6 +28,7 @@ from eqx_dynloss.train import Dataset, Metrics, TrainState
 from ._data import DataError
 from ._results import SPLITS, file_name
 
+_HANDLERS: list[Callable[..., None]] = []  # those of ours for Ctrl-C that are in place
 REPORTS = 20  # lines about the progress, at most, where there is no terminal for a bar
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
@@ -88,10 +89,15 @@ def refuse_used(out: Path | None) -> None:
 
 
 def chunk_length(num_steps: int, target: float) -> int:
-    """The divisor of `num_steps` nearest to `target` (in ratio): chunks of equal length are one compilation."""
+    """The divisor of `num_steps` nearest to `target` (in ratio): chunks of equal length are one compilation.
+
+    If it is more than four times off, as for a prime number of steps, the target: a shorter last chunk is another.
+    """
     small = [n for n in range(1, math.isqrt(num_steps) + 1) if num_steps % n == 0]
     divisors = [*small, *(num_steps // n for n in small)]
-    return min(divisors, key=lambda n: abs(np.log(n / max(target, 1))))
+    target = min(max(round(target), 1), num_steps)
+    nearest = min(divisors, key=lambda n: abs(np.log(n / target)))
+    return nearest if target / 4 <= nearest <= 4 * target else target
 
 
 def duration(seconds: float) -> str:
@@ -112,6 +118,7 @@ class History:
     observations: dict[str, np.ndarray]  # by name, [members, observations]
     diverged_at: np.ndarray  # [members], -1 for never
     finished: bool
+    interrupted: bool  # Ctrl-C was pressed, be it in the last chunk
     steps_per_second: float  # without the first chunk, which compiles; NaN if there is no other
 
     def arrays(self) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def train(
     On Ctrl-C the training stops after the running chunk, and on a second one at once; what it measured so far is
     returned.
     """
-    num_chunks = num_steps // chunk
+    num_chunks = math.ceil(num_steps / chunk)
     diverged_at = np.full(len(states.step), -1)
     minibatch: list[Metrics] = []
     observations: list[dict[str, np.ndarray]] = []
@@ -162,13 +169,14 @@ def train(
                 if asked_to_stop.is_set():
                     break
                 last = i == num_chunks - 1
+                done = num_steps if last else (i + 1) * chunk
                 due = (i + 1) * num_evaluations // num_chunks > i * num_evaluations // num_chunks
                 states, metrics, observed, results = ensemble.train_chunk(
                     states,
                     losses,
                     optimiser,
                     data,
-                    num_steps=chunk,
+                    num_steps=done - i * chunk,
                     batch_size=batch_size,
                     microbatch_size=microbatch_size,
                     observe=observe,
@@ -179,19 +187,20 @@ def train(
                 minibatch.append(jax.device_get(metrics))
                 observations.append(jax.device_get(observed or {}))
                 if due or last:
-                    evaluated.append(((i + 1) * chunk, jax.device_get(results)))
+                    evaluated.append((done, jax.device_get(results)))
                 if i == 0:
                     compiled = time.perf_counter()
                 text = _describe(minibatch[-1], evaluated[-1][1].get("validation") if evaluated else None)
                 if i:
-                    text += f", {per_step * chunk * i / (time.perf_counter() - compiled):,.0f} {unit}/s"
-                progress.update(task, completed=(i + 1) * chunk, description=text)
+                    text += f", {per_step * (done - chunk) / (time.perf_counter() - compiled):,.0f} {unit}/s"
+                progress.update(task, completed=done, description=text)
                 told = (i + 1) * REPORTS // num_chunks > i * REPORTS // num_chunks
                 if due and told and not console.is_terminal:
                     elapsed = time.perf_counter() - started
-                    console.print(f"update {(i + 1) * chunk:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
+                    console.print(f"update {done:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
     if not minibatch:
         raise KeyboardInterrupt
+    steps_done = sum(metrics.loss.shape[1] for metrics in minibatch)
     empty = Metrics(*(np.zeros((len(diverged_at), 0), np.float32) for _ in range(2)))
     return states, History(
         minibatch=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *minibatch),
@@ -205,10 +214,21 @@ def train(
         observations=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *observations),
         diverged_at=diverged_at,
         finished=len(minibatch) == num_chunks,
-        steps_per_second=(len(minibatch) - 1) * chunk / (time.perf_counter() - compiled)
-        if len(minibatch) > 1
-        else np.nan,
+        interrupted=asked_to_stop.is_set(),
+        steps_per_second=(steps_done - chunk) / (time.perf_counter() - compiled) if len(minibatch) > 1 else np.nan,
     )
+
+
+@contextlib.contextmanager
+def saving_first() -> Iterator[None]:
+    """Lets a Ctrl-C wait until the end of the block, so that what has been measured is written whatever happens.
+
+    Training inside the block still stops after the running chunk.
+    """
+    with _handling_ctrl_c(lambda _: console.print("Ctrl-C: saving what there is first.")) as event:
+        yield
+    if event.is_set():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -217,23 +237,37 @@ def _first_ctrl_c(told: Callable[[], None]) -> Iterator[threading.Event]:
 
     A KeyboardInterrupt that hits Python inside one of JAX's callbacks from the garbage collector is printed and lost.
     """
-    event = threading.Event()
 
-    def handle(*_):
-        if event.is_set():
+    def handle(again: bool):
+        if again:
             raise KeyboardInterrupt
-        event.set()
         told()
 
+    with _handling_ctrl_c(handle) as event:
+        yield event
+
+
+@contextlib.contextmanager
+def _handling_ctrl_c(handle: Callable[[bool], None]) -> Iterator[threading.Event]:
+    """Calls `handle` at every Ctrl-C, with whether there was one before, unless somebody else handles them."""
+    event = threading.Event()
+
+    def handler(*_):
+        again = event.is_set()
+        event.set()
+        handle(again)
+
     usual = signal.getsignal(signal.SIGINT)
-    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, handle)
+    ours = usual is signal.default_int_handler or usual in _HANDLERS
+    if ours and threading.current_thread() is threading.main_thread():
+        _HANDLERS.append(handler)
+        signal.signal(signal.SIGINT, handler)
     try:
         yield event
     finally:
-        if ours:
+        if handler in _HANDLERS:
             signal.signal(signal.SIGINT, usual)
+            _HANDLERS.remove(handler)
 
 
 def _progress() -> Progress:

@@ -40,7 +40,7 @@ class Config:
 
     The protocol of the paper's Figure 4: three arms of 100 points, one hidden layer of 100 ReLU units, full-batch
     gradient descent at rate 1 in float64, 70,000 updates, A = 70, T = 5000, the oscillation stopping after the last
-    whole period. Periods are counted as in the authors' code, T + 1 updates each. Writes results.nc (read it with
+    whole period (for other periods a rule of ours). Periods are counted as in the authors' code, T + 1 updates each. Writes results.nc (read it with
     xarray), summary.md, summary.json, config.json and figures. Flags that take several values train all combinations.
     """
 
@@ -77,12 +77,17 @@ def main(arguments: list[str] | None = None) -> bool:
     _run.refuse_used(config.out)
     _run.use_all_cores()
     directory = _run.new_directory(config.out, "spiral", "spiral", dataclasses.asdict(config))
-    with jax.enable_x64(True):
-        results = train(config)
     attrs = {"command": shlex.join(["python", "-m", "experiments.spiral", *arguments])}
-    results.attrs |= _results.provenance() | attrs
+    with _run.saving_first():
+        with jax.enable_x64(True):
+            results = train(config)
+        results.attrs |= _results.provenance() | attrs
+        _results.save(results, directory / "results.nc")
+        if results.attrs["finished"] != "true":
+            report(results, directory, config.show_seed)
+            return False
     report(results, directory, config.show_seed)
-    return results.attrs["finished"] == "true"
+    return True
 
 
 def train(config: Config) -> xr.Dataset:
@@ -107,15 +112,16 @@ def train(config: Config) -> xr.Dataset:
         if len(networks) > 1:
             console.print(f"network {number + 1} of {len(networks)}: {init} initialisation, width {width}")
         try:
-            part, finished = train_network(config, init, width, chunk, evaluations)
-        except KeyboardInterrupt:  # before the first chunk was over
+            part, finished, interrupted = train_network(config, init, width, chunk, evaluations)
+        except KeyboardInterrupt:  # before the first chunk of this network was over
             if not parts:
                 raise
             finished = False
             break
         parts.setdefault(init, []).append(part)
         steps_done += part.sizes["step"]
-        if not finished:
+        if not finished or interrupted:
+            finished = finished and number == len(networks) - 1
             break
     results = _join([_join(row, "width") for row in parts.values()], "init")
     results.attrs |= {
@@ -132,8 +138,13 @@ def _join(parts: list[xr.Dataset], dim: str) -> xr.Dataset:
     return xr.concat(parts, dim, join="outer", fill_value={"diverged_at": -1}, combine_attrs="override")
 
 
-def train_network(config: Config, init: Init, width: int, chunk: int, evaluations: int) -> tuple[xr.Dataset, bool]:
-    """Trains the members of one initialisation and width. Returns their results, and whether it came to the end."""
+def train_network(
+    config: Config, init: Init, width: int, chunk: int, evaluations: int
+) -> tuple[xr.Dataset, bool, bool]:
+    """Trains the members of one initialisation and width.
+
+    Returns their results, whether it came to the end, and whether Ctrl-C was pressed.
+    """
     schedules = make_schedules(config)  # one per loss
     num_losses, num_rates = len(schedules.amplitude), len(config.learning_rate)
     # Members are ordered by learning rate, then loss, then seed.
@@ -180,7 +191,7 @@ def train_network(config: Config, init: Init, width: int, chunk: int, evaluation
         ).assign_coords(init=init, width=width, learning_rate=rate)
         for row, rate in zip(rows, config.learning_rate, strict=True)
     ]
-    return _join(parts, "learning_rate"), history.finished
+    return _join(parts, "learning_rate"), history.finished, history.interrupted
 
 
 def spiral(noise_seed: int) -> Dataset:
@@ -199,7 +210,7 @@ def spiral(noise_seed: int) -> Dataset:
 
 def curvature(state, loss, data) -> dict[str, jax.Array]:
     """Extreme eigenvalues at the state: of the Hessian of the loss with the step's class weights, on all data, and of
-    the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper."""
+    the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper for the Hessian."""
 
     def objective(model):
         return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
@@ -240,8 +251,7 @@ def cpu_seconds_per_update(width: int, curvature: int) -> float:
 
 
 def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:
-    """Writes everything that a run leaves behind, and prints the table."""
-    _results.save(results, directory / "results.nc")
+    """Writes what is to be read and looked at, and prints the table."""
     summary = _summary.summarise(results)
     observed = "hessian_max" in results
     _summary.write_summary(summary, results, directory, _bifurcation.report(results) if observed else ())
@@ -272,6 +282,8 @@ def _check(config: Config) -> None:
         for value in getattr(config, name):
             if not 0 < value < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value:g}.")
+    if min(config.period) < 2:
+        raise UsageError(f"--period must be at least 2 updates, shorter ones have no peak, got {min(config.period):g}.")
     if min(config.width) < 1:
         raise UsageError(f"--width must be at least 1, got {min(config.width)}.")
     if config.curvature < 0 or (config.curvature and config.updates % config.curvature):

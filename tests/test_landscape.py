@@ -182,6 +182,8 @@ def logistic(r, steps=400, keep=64):
         (np.exp(-np.arange(64) / 10), 1),
         (0.1 * (np.arange(64) / 32 - 1) ** 2, 1),
         (np.cos(np.arange(64) / 8), 1),
+        (2 + np.cos(np.pi * np.arange(64) / 2 + 0.3), 4),
+        (2 + np.cos(2 * np.pi * np.arange(64) / 3), 0),
         (2 + 1e-5 * logistic(3.9), 1),  # too small to be more than the kinks of a ReLU network
         (2 + 3e-2 * logistic(3.2), 2),
     ],

@@ -137,10 +137,13 @@ def test_observations_are_of_the_states_before_every_so_many_updates(every, batc
     assert np.array_equal(seen["step"], 3 + np.arange(0, 20, every))
 
 
-def test_observations_must_fit_into_the_chunk(getkey):
+@pytest.mark.parametrize("every", [3, 0, -2])
+def test_observations_must_fit_into_the_chunk(every, getkey):
     state = train.init(make_mlp, OPTIMISER, getkey())
-    with pytest.raises(ValueError, match="observe_every must divide num_steps, 20, got 3"):
-        train.train_chunk(state, LOSS, OPTIMISER, blobs(getkey()), num_steps=20, observe=norm_and_step, observe_every=3)
+    with pytest.raises(ValueError, match=f"observe_every must divide num_steps, 20, got {every}"):
+        train.train_chunk(
+            state, LOSS, OPTIMISER, blobs(getkey()), num_steps=20, observe=norm_and_step, observe_every=every
+        )
 
 
 def test_observing_costs_nothing_at_the_other_updates(getkey):

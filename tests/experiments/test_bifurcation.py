@@ -36,7 +36,8 @@ def test_the_loss_begins_to_alternate_where_the_curvature_crosses_two_over_the_r
 def test_crossings_are_interpolated():
     steps = np.array([0, 10, 20, 30])
     assert crossing(steps, np.array([1.0, 1.5, 2.5, 3.0]), 2) == 15
-    assert crossing(steps, np.array([3.0, 1.0, 2.0, 1.0]), 2) == 20  # it must rise through it
+    assert crossing(steps, np.array([1.0, 1.0, 2.0, 1.0]), 2) == 20
+    assert np.isnan(crossing(steps, np.array([3.0, 1.0, 2.5, 1.0]), 2))  # unstable from the start
     assert np.isnan(crossing(steps, np.array([3.0, 2.5, 2.2, 2.1]), 2))
     assert np.isnan(crossing(steps, np.array([1.0, np.nan, np.nan, np.nan]), 2))
 

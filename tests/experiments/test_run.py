@@ -187,9 +187,11 @@ def test_a_chunk_is_the_divisor_nearest_in_ratio(num_steps, target, length):
     assert _run.chunk_length(num_steps, target) == length
 
 
-def test_a_chunk_divides_every_number_of_steps():
-    for num_steps in range(1, 200):
-        assert num_steps % _run.chunk_length(num_steps, 7) == 0
+def test_a_chunk_divides_the_steps_or_is_as_long_as_it_should_be():
+    for num_steps in range(1, 2000):
+        chunk = _run.chunk_length(num_steps, 7)
+        assert chunk == min(7, num_steps) or (num_steps % chunk == 0 and 7 / 4 <= chunk <= 28)
+    assert _run.chunk_length(100_003, 1000) == 1000  # a prime
 
 
 def test_very_long_runs_are_cut_at_once():

@@ -1,6 +1,7 @@
 """The spiral command, in runs of a few updates: what it leaves behind, and what it refuses."""
 
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,10 @@ def finished(tmp_path_factory):
         patch.setattr(_dynamics_plots, "_MOST", 1)
         assert command(*TINY, *several, "--out", out) == 0
     return out
+
+
+def results_of(directory):
+    return _results.load(directory / "results.nc")
 
 
 def test_results_have_named_dimensions_and_are_float64(finished):
@@ -97,7 +102,9 @@ def test_tables_and_figures_name_every_setting(finished):
     written = {path.name for path in finished.iterdir()}
     assert written >= FILES | {"accuracy.png", "bifurcation.png"}
     assert "dynamics-paper-init-learning-rate-0.5-A5-T10.png" in written
-    assert "cross" in text and "First bifurcation" in text
+    start = results_of(finished).minibatch_loss.sel(step=5, init="paper", learning_rate=1, amplitude=70, period=10)
+    moment = f"| paper init, learning rate 1, A = 70, T = 10 | 5 | {float(start.mean()):.4f} ± "
+    assert moment in text  # half a period
 
 
 def test_the_default_is_one_network(tmp_path):
@@ -142,12 +149,50 @@ def test_an_interrupted_run_keeps_what_it_has(chunks, tmp_path, capsys, monkeypa
         assert "(0 of" not in capsys.readouterr().out
 
 
-def test_a_member_that_diverges_is_reported(tmp_path):
-    assert command(*TINY, "--learning-rate", 1, 1e12, "--out", "run") == 0
+def test_a_member_that_diverges_is_reported_and_left_out(tmp_path):
+    assert command(*TINY, "--learning-rate", 1, 1e160, "--out", "run") == 0
     results = _results.load(tmp_path / "run" / "results.nc")
     assert (results.diverged_at.sel(learning_rate=1) == -1).all()
-    text = (tmp_path / "run" / "summary.md").read_text()
-    assert ("DIVERGED" in text) == bool((results.diverged_at >= 0).any())
+    assert (results.diverged_at.sel(learning_rate=1e160) >= 0).all()
+    assert "DIVERGED" in (tmp_path / "run" / "summary.md").read_text()
+    bottom = _dynamics_plots.accuracy(results, tmp_path / "a.png").axes[1]
+    assert [text.get_text() for text in bottom.texts].count("2 left out") == 2
+    assert (tmp_path / "run" / "dynamics-learning-rate-1e+160-A70-T10.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--period 2", "--updates 4 --amplitude 1 --curvature 1", "--updates 1 --curvature 1"]
+)
+def test_very_short_runs(arguments, tmp_path):
+    assert command(*TINY, *arguments.split(), "--seeds", 1, "--out", "run") == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | FIGURES
+
+
+def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spiral, "cpu_seconds_per_update", lambda width, curvature: 0.1)
+    assert command(*TINY, "--updates", 47, "--curvature", 0, "--out", "run") == 0
+    assert _results.load(tmp_path / "run" / "results.nc").sizes["step"] == 47
+    assert capsys.readouterr().out.count("\nupdate ") > 5
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_path, monkeypatch):
+    """Of two networks: in the first one's last chunk, or when all are trained."""
+    place = "_join" if last else "curvature"
+    real = getattr(spiral, place)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(spiral, place, interrupted)
+    code = command(*TINY, "--updates", 5, "--width", 4, 6, "--out", "run")
+    assert code == 130
+    results = _results.load(tmp_path / "run" / "results.nc")
+    assert results.attrs["finished"] == ("true" if last else "false")
+    assert results.width.values.tolist() == ([4, 6] if last else [4])
+    assert np.isfinite(results.minibatch_loss).all() and results.sizes["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
@@ -158,6 +203,7 @@ def test_a_member_that_diverges_is_reported(tmp_path):
         ("--amplitude 0.5", "--amplitude must be at least 1"),
         ("--amplitude 70 70", "--amplitude takes one or more different values"),
         ("--period 0", "--period must be a positive number"),
+        ("--period 1", "--period must be at least 2 updates"),
         ("--learning-rate nan", "--learning-rate must be a positive number"),
         ("--width 0", "--width must be at least 1"),
         ("--curvature 7", "--curvature must be a divisor of the 40 updates"),
