@@ -53,7 +53,7 @@ _UNITS = {
     "hessian_min": ("1", "smallest Ritz value of the same Hessian, an upper bound of its smallest eigenvalue"),
     "hessian_min_error": (
         "1",
-        "the Ritz residual: an eigenvalue is that near hessian_min, but a smaller one can exist",
+        "the Ritz residual: an eigenvalue is that near, but a smaller one can exist",
     ),
     "ntk_max": ("1", "largest eigenvalue of the empirical neural tangent kernel"),
     "ntk_max_error": ("1", "error bound of ntk_max, the Ritz residual"),

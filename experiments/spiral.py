@@ -40,8 +40,9 @@ class Config:
 
     The protocol of the paper's Figure 4: three arms of 100 points, one hidden layer of 100 ReLU units, full-batch
     gradient descent at rate 1 in float64, 70,000 updates, A = 70, T = 5000, the oscillation stopping after the last
-    whole period (for other periods a rule of ours). Periods are counted as in the authors' code, T + 1 updates each. Writes results.nc (read it with
-    xarray), summary.md, summary.json, config.json and figures. Flags that take several values train all combinations.
+    whole period (for other periods that is a rule of ours). Periods are counted as in the authors' code, T + 1 updates
+    each. Writes results.nc (read it with xarray), summary.md, summary.json, config.json and figures. Flags that take
+    several values train all combinations.
     """
 
     seeds: int = 10

@@ -175,8 +175,8 @@ def test_a_diverged_member_is_recorded_and_left_out_of_the_progress(capsys):
         (312, 6, 6),
         (312, 5.4, 6),  # 6/5.4 is less than 5.4/4
         (100, 14, 10),  # 14/10 = 1.40 is less than 20/14 = 1.43
-        (97, 9, 1),
-        (97, 12, 97),
+        (97, 9, 9),  # a prime number
+        (97, 12, 12),
         (1, 1000, 1),
         (36, 6, 6),  # a square
         (24, 0.001, 1),
