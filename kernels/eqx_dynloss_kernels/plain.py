@@ -61,8 +61,11 @@ def in_range(labels, logits):
 
 
 def nll(logits, labels, log_total, shift):
-    """−log softmax at the label. Gathered from the logits as they came, so that nothing wider is ever stored."""
-    true = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill", fill_value=0)[..., 0]
+    """−log softmax at the label; of a label out of range, whose loss will be NaN, at another one.
+
+    Gathered from the logits as they came, so that nothing wider is ever stored.
+    """
+    true = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")[..., 0]
     return log_total - (true.astype(log_total.dtype) - shift)
 
 
