@@ -6,20 +6,24 @@ the rest is shared. A chunk of training maps over blocks of members, runs the me
 run is that of `eqx_dynloss.train` alone.
 """
 
+import functools as ft
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Key, PyTree
 
 from . import train
-from .loss import DynamicalLoss
+from .loss import BaseLoss, DynamicalLoss
 from .train import Dataset, Metrics, TrainState
 
 _T = TypeVar("_T")
@@ -42,13 +46,21 @@ def init(
     - `keys`: one key per member. Members with the same key have the same initial parameters and see the same examples
         in the same order, so that their results can be compared in pairs.
     - `hyperparams`: `[members]` values for hyperparameters injected into the optimiser, by name.
-    - `devices`: those to use, all by default; of these, as many as divide the number of members are used.
+    - `devices`: those to use, all of all hosts by default; of these, as many as divide the number of members are used.
 
     **Returns:** a `TrainState` whose arrays have a leading member axis.
+
+    **Raises:** `ValueError` if there are several hosts and the number of devices does not divide that of the members:
+    every host has to take part.
     """
     devices = list(jax.devices() if devices is None else devices)
     num_members = len(keys)
     num_devices = max(n for n in range(1, len(devices) + 1) if num_members % n == 0)
+    if jax.process_count() > 1 and num_devices < len(devices):
+        raise ValueError(
+            f"on several hosts the number of members must be a multiple of the {len(devices)} devices, "
+            f"got {num_members}: repeat some members."
+        )
     mesh = Mesh(devices[:num_devices], (_AXIS,))
 
     values = {name: jnp.asarray(value) for name, value in (hyperparams or {}).items()}
@@ -59,12 +71,7 @@ def init(
                 f"got shape {value.shape}."
             )
 
-    @eqx.filter_jit  # one after another, so that a member does not depend on how many others there are
-    def create(keys, values):
-        return _map_members(lambda key, value: train.init(make_model, optimiser, key, value), 1)(keys, values)
-
-    states = create(keys, values)
-    return _place(states, NamedSharding(mesh, P(_AXIS)))
+    return _place(_init(make_model, optimiser, keys, values), NamedSharding(mesh, P(_AXIS)))
 
 
 def replicate(tree: _T, states: TrainState) -> _T:
@@ -106,28 +113,82 @@ def train_chunk(
     **Returns:** the new states; the metrics of every update, `[members, num_steps]`; what was observed, every array
     with leading axes `[members, num_steps / observe_every]`; and for every evaluation its metrics, `[members]`.
     """
-    evaluations = evaluations or {}
-    for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
-        if leaf.ndim == 0 or len(leaf) != len(states.step):
-            raise ValueError(
-                f"every array in losses must have a leading axis of {len(states.step)} members, got shape {leaf.shape}."
-            )
-    sets = {name: evaluated for name, (evaluated, _) in evaluations.items()}
-    flags = {name: jnp.asarray(flag) for name, (_, flag) in evaluations.items()}
-    if block_size is None:
-        block_size = default_block_size(states.model, _mesh(states).devices.flat[0].platform)
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}.")
-    train_member = jax.tree_util.Partial(
-        train.train_chunk,
-        optimiser=optimiser,
+    shared = _shared(
+        states,
+        losses,
+        optimiser,
+        data,
+        evaluations,
+        block_size,
         num_steps=num_steps,
         batch_size=batch_size,
         microbatch_size=microbatch_size,
         observe=observe,
         observe_every=observe_every,
     )
-    return _train_chunk((losses, data, sets, flags, train_member, block_size, _mesh(states)), states)
+    return _train_chunk(shared, states)
+
+
+def peak_memory(
+    states: TrainState,
+    losses: DynamicalLoss,
+    optimiser: optax.GradientTransformation,
+    data: Dataset,
+    *,
+    evaluations: Mapping[str, tuple[Dataset, bool]] | None = None,
+    block_size: int | None = None,
+    **options: Any,
+) -> int:
+    """Bytes that a `train_chunk` with these arguments needs on one device at its peak, by the compiler's account.
+
+    Compiles the program, and does not run it.
+    """
+    shared = _shared(states, losses, optimiser, data, evaluations, block_size, **options)
+    program: Any = _train_chunk
+    return program.lower(shared, states).compile().compiled.memory_analysis().peak_memory_in_bytes
+
+
+def observe(
+    states: TrainState,
+    losses: DynamicalLoss,
+    data: Dataset,
+    function: Callable[[TrainState, DynamicalLoss, Dataset], PyTree],
+    *,
+    block_size: int | None = None,
+) -> PyTree:
+    """`function(state, loss, data)` of every member, such as the curvature after the last update.
+
+    Arguments as for `train_chunk`, with `function` in the place of `observe`. **Returns:** a PyTree of arrays with a
+    leading member axis.
+    """
+    losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
+    return _observe(states, losses, data, function, _block_size(states, block_size), _mesh(states))
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Brings arrays with a member axis from all devices, of all hosts, to every host, as NumPy arrays.
+
+    With several hosts all of them have to call it. Random keys become the numbers that they are made of.
+    """
+
+    def fetch(leaf):
+        leaf = jr.key_data(leaf) if _is_key(leaf) else leaf
+        return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(fetch, eqx.filter(tree, eqx.is_array)))
+
+
+def scatter(values: PyTree, like: TrainState) -> TrainState:
+    """The inverse of `gather`: puts the members' numbers into states like those that `init` gives, on their devices.
+
+    **Arguments:**
+
+    - `values`: what `gather` gave, for as many members as `like` has.
+    - `like`: states from `init` for the same model and optimiser, on any devices. Only their arrays are replaced.
+    """
+    arrays, static = eqx.partition(like, eqx.is_array)
+    restore = lambda leaf, value: jr.wrap_key_data(jnp.asarray(value)) if _is_key(leaf) else jnp.asarray(value)
+    return _place(eqx.combine(jax.tree.map(restore, arrays, values), static), NamedSharding(_mesh(like), P(_AXIS)))
 
 
 def default_block_size(model: PyTree, platform: str) -> int:
@@ -138,9 +199,45 @@ def default_block_size(model: PyTree, platform: str) -> int:
     the cache, and all on an accelerator. Measured on a CPU; for GPUs a guess, supported by what is compiled for an
     H100: eight Myrtle5-64 side by side move more than twice the memory of one after another (`benchmarks/`).
     """
-    if any(leaf.ndim > 3 for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))):
+    if any(getattr(leaf, "ndim", 0) > 3 for leaf in jax.tree.leaves(model)):
         return 1
     return 4 if platform == "cpu" else 2**31
+
+
+def _block_size(states: TrainState, given: int | None) -> int:
+    size = default_block_size(states.model, _mesh(states).devices.flat[0].platform) if given is None else given
+    if size < 1:
+        raise ValueError(f"block_size must be at least 1, got {size}.")
+    return size
+
+
+def _shared(states, losses, optimiser, data, evaluations, block_size, **options):
+    """What `_train_chunk` takes besides the states."""
+    for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
+        if leaf.ndim == 0 or len(leaf) != len(states.step):
+            raise ValueError(
+                f"every array in losses must have a leading axis of {len(states.step)} members, got shape {leaf.shape}."
+            )
+    evaluations = evaluations or {}
+    sets = {name: evaluated for name, (evaluated, _) in evaluations.items()}
+    flags = {name: np.asarray(flag) for name, (_, flag) in evaluations.items()}
+    losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
+    train_member = jax.tree_util.Partial(train.train_chunk, optimiser=optimiser, **options)
+    return losses, data, sets, flags, train_member, _block_size(states, block_size), _mesh(states)
+
+
+@eqx.filter_jit
+def _init(make_model, optimiser, keys, values):
+    # One after another, so that a member does not depend on how many others there are.
+    return _map_members(lambda key, value: train.init(make_model, optimiser, key, value), 1)(keys, values)
+
+
+@eqx.filter_jit
+def _observe(states, losses, data, function, block_size, mesh):
+    def on_device(states, losses, data):
+        return _map_members(lambda state, loss: function(state, loss, data), block_size)(states, losses)
+
+    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P()))(states, losses, data)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -150,7 +247,8 @@ def _train_chunk(shared, states):
     def on_device(states, losses, data, sets, flags, train_member):
         def member(state, loss):
             state, metrics, observed = train_member(state, loss, data=data)
-            return state, metrics, observed, {name: _evaluate_if(flags[name], state.model, sets[name]) for name in sets}
+            results = {name: _evaluate_if(flags[name], state.model, sets[name], loss.base) for name in sets}
+            return state, metrics, observed, results
 
         return _map_members(member, block_size)(states, losses)
 
@@ -166,11 +264,10 @@ def _mesh(states: TrainState) -> Mesh:
     return sharding.mesh
 
 
-def _evaluate_if(flag: Bool[Array, ""], model: PyTree, data: Dataset) -> Metrics:
-    nothing = jax.tree.map(
-        lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(train.evaluate, model, data)
-    )
-    return lax.cond(flag, lambda: train.evaluate(model, data), lambda: nothing)
+def _evaluate_if(flag: Bool[Array, ""], model: PyTree, data: Dataset, base: BaseLoss) -> Metrics:
+    evaluate = ft.partial(train.evaluate, model, data, base=base)
+    nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(evaluate))
+    return lax.cond(flag, evaluate, lambda: nothing)
 
 
 def _map_members(function, block_size: int):
@@ -212,5 +309,14 @@ def _on_arrays(transform, function):
 
 
 def _place(tree: _T, sharding: NamedSharding) -> _T:
+    def put(leaf):
+        if _is_key(leaf):  # JAX does not put keys on the devices of other hosts, but numbers
+            return jr.wrap_key_data(jax.device_put(jr.key_data(leaf), sharding), impl=jr.key_impl(leaf))
+        return jax.device_put(leaf, sharding)
+
     arrays, static = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, sharding), static)
+    return eqx.combine(jax.tree.map(put, arrays), static)
+
+
+def _is_key(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -218,8 +218,7 @@ def finish(figure: Figure, title: str, dataset: xr.Dataset, note: str, path: str
     """Adds the title, which names the data set and says if the run was interrupted, and writes the PNG."""
     lines = [f"{title}: {subject(dataset)}"]
     if str(dataset.attrs.get("finished")) != "true":
-        done = dataset.attrs.get("steps_done", dataset.sizes["step"])
-        lines.append(f"INTERRUPTED after {done:,} updates")
+        lines.append(f"INTERRUPTED after {dataset.attrs['steps_done']:,} updates")
     lines += [note] if note else []
     width = int(8.5 * figure.get_figwidth())  # characters
     head = [lines[0]] if len(lines[0]) <= width else [f"{title}:", subject(dataset)]

@@ -10,6 +10,8 @@ Variables and their dimensions (`step` counts updates from 0; `evaluation_step` 
 | `diverged_at` | amplitude, period, seed | update, -1 for never |
 | what was observed, such as `hessian_max` | amplitude, period, seed, observation_step | |
 
+A phase diagram has no numbers of single updates, and no dimension `step`.
+
 Where more than the loss is varied, as in the spiral experiment, all variables have leading dimensions `init`, `width`
 and `learning_rate`. The first amplitude is 1, the static loss. It has no period: its members are trained once and
 repeated along `period`.
@@ -91,11 +93,11 @@ def assemble(
     evaluation_steps: ArrayLike,
     accuracy: ArrayLike,
     loss: ArrayLike,
-    minibatch_loss: ArrayLike,
-    minibatch_accuracy: ArrayLike,
-    class_weights: ArrayLike,
     diverged_at: ArrayLike,
     attrs: Mapping[str, object],
+    minibatch_loss: ArrayLike | None = None,
+    minibatch_accuracy: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
     observation_steps: ArrayLike = (),
     observations: Mapping[str, ArrayLike] | None = None,
 ) -> xr.Dataset:
@@ -108,11 +110,11 @@ def assemble(
     - `amplitudes`, `periods`, `seeds`, `classes`: what was compared; the amplitude 1 is implied.
     - `evaluation_steps`: updates made before each evaluation, `[evaluations]`.
     - `accuracy`, `loss`: `[members, splits, evaluations]`, splits being train, validation; NaN where not evaluated.
-    - `minibatch_loss`, `minibatch_accuracy`: `[members, steps]`.
-    - `class_weights`: `[conditions, steps, classes]`; they do not depend on the seed.
     - `diverged_at`: `[members]`, -1 for never.
     - `attrs`: what else to record. Read elsewhere: `dataset`, `finished` (anything but true is an interrupted run),
         `steps_done`, `steps_planned`, `steps_per_epoch`, `command`, `device` and the keys of `provenance()`.
+    - `minibatch_loss`, `minibatch_accuracy`: `[members, steps]`; without them the dataset has no `step`.
+    - `class_weights`: `[conditions, steps, classes]`; they do not depend on the seed.
     - `observation_steps`, `observations`: updates made before each observation; and by name, `[members, observations]`.
 
     **Returns:**
@@ -133,16 +135,19 @@ def assemble(
         lead_dims = ("amplitude", "period", "seed")[: len(lead) + 1]
         return (*lead_dims, *dims), np.concatenate([static, dynamical]), _attributes(name)
 
-    minibatch_loss = np.asarray(minibatch_loss)
     observed = {name: unfold(name, values, "observation_step") for name, values in (observations or {}).items()}
-    steps = ("observation_step", np.asarray(observation_steps), _attributes("observation_step"))
+    axes = {"observation_step": np.asarray(observation_steps)} if observed else {}
+    by_step = {"minibatch_loss": minibatch_loss, "minibatch_accuracy": minibatch_accuracy}
+    by_step = {name: unfold(name, values, "step") for name, values in by_step.items() if values is not None}
+    if class_weights is not None:
+        by_step["class_weights"] = unfold("class_weights", class_weights, "step", "class")
+    if minibatch_loss is not None:
+        axes["step"] = np.arange(np.shape(minibatch_loss)[-1])
     return xr.Dataset(
         {
             "accuracy": unfold("accuracy", accuracy, "split", "evaluation_step"),
             "loss": unfold("loss", loss, "split", "evaluation_step"),
-            "minibatch_loss": unfold("minibatch_loss", minibatch_loss, "step"),
-            "minibatch_accuracy": unfold("minibatch_accuracy", minibatch_accuracy, "step"),
-            "class_weights": unfold("class_weights", class_weights, "step", "class"),
+            **by_step,
             "diverged_at": unfold("diverged_at", diverged_at),
             **observed,
         },
@@ -152,9 +157,8 @@ def assemble(
             "seed": ("seed", np.asarray(seeds)),
             "split": ("split", list(SPLITS)),
             "evaluation_step": ("evaluation_step", np.asarray(evaluation_steps), _attributes("evaluation_step")),
-            "step": ("step", np.arange(minibatch_loss.shape[-1]), _attributes("step")),
             "class": ("class", list(classes)),
-            **({"observation_step": steps} if observed else {}),
+            **{name: (name, values, _attributes(name)) for name, values in axes.items()},
         },
         {
             "comment": "amplitude 1 is the static loss, which has no period: trained once, repeated along period",
@@ -172,7 +176,7 @@ def settings(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
     dims = [name for name in SETTINGS if name in dataset.dims]
     for values in itertools.product(*(dataset[name].values.tolist() for name in dims)):
         part = dataset.sel(dict(zip(dims, values, strict=True)))
-        if not dims or np.isfinite(part.minibatch_loss[..., 0]).any():
+        if not dims or np.isfinite(part.get("minibatch_loss", part.accuracy)).any():
             yield ", ".join(_words(part, name) for name in dims if dataset.sizes[name] > 1), part
 
 

@@ -1,4 +1,4 @@
-"""What the experiment commands share: exit codes, devices, the run's directory, and the training loop."""
+"""What the experiment commands share: exit codes, devices and hosts, and the directory of a run that can be resumed."""
 
 import contextlib
 import dataclasses
@@ -6,30 +6,31 @@ import datetime
 import json
 import math
 import os
-import signal
+import shlex
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+import tyro
+from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from eqx_dynloss import ensemble
-from eqx_dynloss.loss import DynamicalLoss
-from eqx_dynloss.train import Dataset, Metrics, TrainState
 
 from ._data import DataError
-from ._results import SPLITS, file_name
+from ._results import STAND_INS, file_name
 
-_HANDLERS: list[Callable[..., None]] = []  # those of ours for Ctrl-C that are in place
-REPORTS = 20  # lines about the progress, at most, where there is no terminal for a bar
+_Config = TypeVar("_Config")
+_FREE = {
+    "resume",
+    "out",
+    "checkpoint_every",
+    "data_dir",
+    "distributed",
+    "show_seed",
+}  # may differ when a run is resumed
+Resume = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a new run)")]
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
 
@@ -61,6 +62,104 @@ def use_all_cores() -> None:
             jax.config.update("jax_num_cpu_devices", cores)
 
 
+def start_jax(distributed: bool) -> None:
+    """Settles the devices, before JAX is used: all cores of this machine, and with `distributed` those of all hosts.
+
+    Which hosts there are is known from the cluster that the process runs in; where JAX does not recognise it, from the
+    environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    use_all_cores()
+    if not distributed:
+        return
+    number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            num_processes=None if number is None else int(number), process_id=None if index is None else int(index)
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"--distributed found no cluster ({str(error).splitlines()[0]}): run under a scheduler that JAX knows, or "
+            "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        ) from error
+    console.quiet = jax.process_index() > 0  # one host speaks for all
+
+
+def parse(config: type[_Config], arguments: list[str], module: str, description: str | None = None) -> _Config:
+    """The command line as a config. With `--resume DIR` the config of that run, which no other flag may change."""
+    prog, description = f"python -m experiments.{module}", description or config.__doc__
+    parsed: Any = tyro.cli(config, args=arguments, prog=prog, description=description)
+    if math.isnan(parsed.checkpoint_every) or parsed.checkpoint_every < 0:
+        raise UsageError(f"--checkpoint-every takes a number of minutes, 0 or more, got {parsed.checkpoint_every}.")
+    if parsed.resume is None:
+        return parsed
+    if parsed.out is not None and parsed.out != parsed.resume:
+        raise UsageError(f"a run that is resumed goes on in its own directory, {parsed.resume}: leave --out out.")
+    stored = _stored(config, parsed.resume)
+    resumed: Any = tyro.cli(config, args=arguments, prog=prog, description=description, default=stored)
+    names = [field.name for field in dataclasses.fields(resumed) if field.name not in _FREE]
+    differences = [
+        f"--{name.replace('_', '-')} {_words(getattr(stored, name))}, not {_words(getattr(resumed, name))}"
+        for name in names
+        if getattr(stored, name) != getattr(resumed, name)
+    ]
+    if differences:
+        raise UsageError(
+            f"the run in {parsed.resume} was started with {'; '.join(differences)}: leave that out to resume it, or "
+            "start another run."
+        )
+    return resumed
+
+
+def _stored(config: type[_Config], directory: Path) -> _Config:
+    """The config that a run was started with, from its `config.json`."""
+    paths = [directory / file_name(name, "config.json") for name in ("", *STAND_INS)]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        raise UsageError(f"{directory} holds no run that could be resumed: there is no config.json in it.")
+    try:
+        values = json.loads(found[0].read_text(encoding="utf-8"))
+        hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+        # JSON knows neither tuples nor paths.
+        fields = {
+            name: tuple(value) if isinstance(value, list) else Path(value) if value and "Path" in hint else value
+            for name, hint in hints.items()
+            for value in [values[name]]
+        }
+        return config(**fields | {"resume": directory, "out": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def directory_of(config: Any, label: str, dataset: str, settings: Mapping[str, Any]) -> Path:
+    """The directory of a run: a new one with its `config.json`, or that of the run that is resumed.
+
+    Raises a `UsageError` if it cannot be written to. With several hosts the first one makes it, for all.
+    """
+    path = config.resume
+    if jax.process_index() == 0:
+        if path is None:
+            path = new_directory(config.out, label, dataset, settings)
+        else:
+            try:
+                probe = path / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write to {path} ({error.strerror}): make it writable, or copy it to where it is."
+                ) from error
+    if jax.process_count() > 1:
+        name = np.frombuffer(os.fsencode(path or "").ljust(4096, b"\0"), np.uint8)
+        path = Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0")))
+    return path
+
+
 def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
     """Makes the directory of a run, `results/LABEL-TIME` if none is given, and writes its `config.json`.
 
@@ -78,8 +177,28 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
     return path
 
 
+@contextlib.contextmanager
+def writing(directory: Path, module: str) -> Iterator[None]:
+    """Turns what goes wrong when results are written, such as a full disk, into a sentence that says how to go on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UsageError(
+            f"cannot write the results to {directory} ({reason}): make room, then go on with\n"
+            f"  {resume_command(directory, module)}"
+        ) from error
+
+
+def resume_command(directory: Path, module: str) -> str:
+    """What to type to go on with an interrupted run."""
+    return shlex.join(["python", "-m", f"experiments.{module}", "--resume", str(directory)])
+
+
 def refuse_used(out: Path | None) -> None:
     """Raises a `UsageError` if the directory holds more than the configuration of a run that never started."""
+    if jax.process_index():
+        return
     try:
         used = out is not None and out.is_dir() and any(not p.name.endswith("config.json") for p in out.iterdir())
     except OSError as error:
@@ -100,195 +219,20 @@ def chunk_length(num_steps: int, target: float) -> int:
     return nearest if target / 4 <= nearest <= 4 * target else target
 
 
+def devices() -> str:
+    """The devices that members are spread over, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def announced(cpu_seconds: float) -> str:
+    """What to say about the time that a run will take: a measure made on a CPU says nothing about anything else."""
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return f"about {duration(cpu_seconds)}" if on_cpu else "time: see the ETA after the first chunk"
+
+
 def duration(seconds: float) -> str:
     """A time to announce, in words."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} seconds" if seconds >= 10 else "a few seconds"
-
-
-@dataclasses.dataclass
-class History:
-    """What a run measured: numbers of every update, and of every evaluation."""
-
-    minibatch: Metrics  # [members, steps]
-    evaluation_steps: list[int]  # updates made before each evaluation
-    evaluations: dict[str, Metrics]  # by split, [members, evaluations]; NaN where not evaluated
-    observations: dict[str, np.ndarray]  # by name, [members, observations]
-    diverged_at: np.ndarray  # [members], -1 for never
-    finished: bool
-    interrupted: bool  # Ctrl-C was pressed, be it in the last chunk
-    steps_per_second: float  # without the first chunk, which compiles; NaN if there is no other
-
-    def arrays(self) -> dict[str, Any]:
-        """As `_results.assemble` takes them."""
-        return {
-            "evaluation_steps": self.evaluation_steps,
-            "accuracy": np.stack([self.evaluations[split].accuracy for split in SPLITS], 1),
-            "loss": np.stack([self.evaluations[split].loss for split in SPLITS], 1),
-            "minibatch_loss": self.minibatch.loss,
-            "minibatch_accuracy": self.minibatch.accuracy,
-            "diverged_at": self.diverged_at,
-        }
-
-
-def train(
-    states: TrainState,
-    losses: DynamicalLoss,
-    optimiser: optax.GradientTransformation,
-    data: Dataset,
-    splits: Mapping[str, Dataset],
-    *,
-    num_steps: int,
-    chunk: int,
-    batch_size: int | None,
-    microbatch_size: int | None,
-    num_evaluations: int,
-    observe: Callable[[TrainState, DynamicalLoss, Dataset], dict[str, jax.Array]] | None = None,
-    observe_every: int = 1,
-) -> tuple[TrainState, History]:
-    """Trains an ensemble chunk by chunk with a progress bar, and evaluates it on the way.
-
-    The split "validation" is evaluated `num_evaluations` times, evenly spread, and every other split once, at the end.
-    On Ctrl-C the training stops after the running chunk, and on a second one at once; what it measured so far is
-    returned.
-    """
-    num_chunks = math.ceil(num_steps / chunk)
-    diverged_at = np.full(len(states.step), -1)
-    minibatch: list[Metrics] = []
-    observations: list[dict[str, np.ndarray]] = []
-    evaluated: list[tuple[int, dict[str, Metrics]]] = []
-    started = compiled = time.perf_counter()
-    unit, per_step = ("images", len(states.step) * batch_size) if batch_size else ("member-updates", len(states.step))
-    with _progress() as progress:
-        task = progress.add_task("compiling", total=num_steps)
-        stopping = lambda: progress.update(task, description="stopping after this chunk (Ctrl-C again: at once)")
-        with contextlib.suppress(KeyboardInterrupt), _first_ctrl_c(stopping) as asked_to_stop:
-            for i in range(num_chunks):
-                if asked_to_stop.is_set():
-                    break
-                last = i == num_chunks - 1
-                done = num_steps if last else (i + 1) * chunk
-                due = (i + 1) * num_evaluations // num_chunks > i * num_evaluations // num_chunks
-                states, metrics, observed, results = ensemble.train_chunk(
-                    states,
-                    losses,
-                    optimiser,
-                    data,
-                    num_steps=done - i * chunk,
-                    batch_size=batch_size,
-                    microbatch_size=microbatch_size,
-                    observe=observe,
-                    observe_every=observe_every,
-                    evaluations={name: (s, due if name == "validation" else last) for name, s in splits.items()},
-                )
-                diverged_at = jax.device_get(jnp.where(states.diverged, states.step, -1))
-                minibatch.append(jax.device_get(metrics))
-                observations.append(jax.device_get(observed or {}))
-                if due or last:
-                    evaluated.append((done, jax.device_get(results)))
-                if i == 0:
-                    compiled = time.perf_counter()
-                text = _describe(minibatch[-1], evaluated[-1][1].get("validation") if evaluated else None)
-                if i:
-                    text += f", {per_step * (done - chunk) / (time.perf_counter() - compiled):,.0f} {unit}/s"
-                progress.update(task, completed=done, description=text)
-                told = (i + 1) * REPORTS // num_chunks > i * REPORTS // num_chunks
-                if due and told and not console.is_terminal:
-                    elapsed = time.perf_counter() - started
-                    console.print(f"update {done:,} of {num_steps:,} ({elapsed:,.0f} s): {text}")
-    if not minibatch:
-        raise KeyboardInterrupt
-    steps_done = sum(metrics.loss.shape[1] for metrics in minibatch)
-    empty = Metrics(*(np.zeros((len(diverged_at), 0), np.float32) for _ in range(2)))
-    return states, History(
-        minibatch=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *minibatch),
-        evaluation_steps=[step for step, _ in evaluated],
-        evaluations={
-            name: jax.tree.map(lambda *results: np.stack(results, 1), *(results[name] for _, results in evaluated))
-            if evaluated
-            else empty
-            for name in splits
-        },
-        observations=jax.tree.map(lambda *chunks: np.concatenate(chunks, 1), *observations),
-        diverged_at=diverged_at,
-        finished=len(minibatch) == num_chunks,
-        interrupted=asked_to_stop.is_set(),
-        steps_per_second=(steps_done - chunk) / (time.perf_counter() - compiled) if len(minibatch) > 1 else np.nan,
-    )
-
-
-@contextlib.contextmanager
-def saving_first() -> Iterator[None]:
-    """Lets a Ctrl-C wait until the end of the block, so that what has been measured is written whatever happens.
-
-    Training inside the block still stops after the running chunk.
-    """
-    with _handling_ctrl_c(lambda _: console.print("Ctrl-C: saving what there is first.")) as event:
-        yield
-    if event.is_set():
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _first_ctrl_c(told: Callable[[], None]) -> Iterator[threading.Event]:
-    """Makes the first Ctrl-C set an event, and only the next one raise.
-
-    A KeyboardInterrupt that hits Python inside one of JAX's callbacks from the garbage collector is printed and lost.
-    """
-
-    def handle(again: bool):
-        if again:
-            raise KeyboardInterrupt
-        told()
-
-    with _handling_ctrl_c(handle) as event:
-        yield event
-
-
-@contextlib.contextmanager
-def _handling_ctrl_c(handle: Callable[[bool], None]) -> Iterator[threading.Event]:
-    """Calls `handle` at every Ctrl-C, with whether there was one before, unless somebody else handles them."""
-    event = threading.Event()
-
-    def handler(*_):
-        again = event.is_set()
-        event.set()
-        handle(again)
-
-    usual = signal.getsignal(signal.SIGINT)
-    ours = usual is signal.default_int_handler or usual in _HANDLERS
-    if ours and threading.current_thread() is threading.main_thread():
-        _HANDLERS.append(handler)
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        if handler in _HANDLERS:
-            signal.signal(signal.SIGINT, usual)
-            _HANDLERS.remove(handler)
-
-
-def _progress() -> Progress:
-    columns = (
-        BarColumn(12),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _describe(metrics: Metrics, validation: Metrics | None) -> str:
-    """Means over the members that are still finite."""
-    text = f"loss {_mean(metrics.loss):.3f}, accuracy {_mean(metrics.accuracy):.1%}"
-    if validation is not None and np.isfinite(validation.accuracy).any():
-        text += f", validation {_mean(validation.accuracy):.1%}"
-    return text
-
-
-def _mean(values) -> float:
-    finite = np.asarray(values)[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")

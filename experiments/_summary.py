@@ -166,7 +166,7 @@ def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -
             "Its numbers say nothing about CIFAR-10."
         )
     if not finished:
-        done, steps = dataset.attrs.get("steps_done", dataset.sizes["step"]), dataset.attrs.get("steps_planned")
+        done, steps = dataset.attrs["steps_done"], dataset.attrs.get("steps_planned")
         notices.append(
             f"INTERRUPTED after {done:,} {f'of {steps:,} ' if steps else ''}updates: these are numbers of an "
             "unfinished training, in which the class weights may still have been oscillating."

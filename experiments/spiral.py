@@ -5,33 +5,32 @@ Hessian and the neural tangent kernel: the paper's Figure 4 with error bars.
 """
 
 import dataclasses
-import functools as ft
 import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import optax
 import tyro
 import xarray as xr
 
-from eqx_dynloss import ensemble, landscape
-from eqx_dynloss.loss import DynamicalLoss
-from eqx_dynloss.models import MLP
-from eqx_dynloss.schedule import OscillatingWeights
-from eqx_dynloss.train import Dataset
-
-from . import _bifurcation, _dynamics_plots, _results, _run, _summary
+from . import _bifurcation, _dynamics_plots, _results, _run, _signals, _summary, _training
 from ._run import UsageError, console
-
-CLASSES = ("class 0", "class 1", "class 2")
-NTK_POINTS = 50  # the kernel is that of the first 50 training points, as in the paper's figure
-Init = Literal["paper", "glorot", "none"]
+from ._spiral import (
+    Init,
+    LossName,
+    cpu_seconds_per_update,
+    curvature,
+    labelled,
+    make_members,
+    make_schedules,
+    spiral,
+    train_networks,
+)
+from ._training import History, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,9 @@ class Config:
     """Units in the hidden layer."""
     learning_rate: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (1.0,)
     """The constant learning rate."""
+    loss: LossName = "cross-entropy"
+    """What is weighted: the paper's cross-entropy, or a squared error whose weights belong to the examples
+    (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours."""
     updates: int = 70_000
     """How many updates to make."""
     curvature: int = 25
@@ -68,187 +70,76 @@ class Config:
         None
     )
     """A new or empty directory for the results."""
+    resume: _run.Resume = None
+    """The directory of an interrupted run, to go on with. Needs no other flags; they are in its config.json."""
+    checkpoint_every: float = 5.0
+    """Minutes from one checkpoint to the next."""
+    distributed: bool = False
+    """Train on several hosts together, each of which runs this command under a scheduler that JAX knows."""
 
 
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = tyro.cli(Config, args=arguments, prog="python -m experiments.spiral", description=Config.__doc__)
+    config = _run.parse(Config, arguments, "spiral")
     _check(config)
+    _run.start_jax(config.distributed)
     _run.refuse_used(config.out)
-    _run.use_all_cores()
-    directory = _run.new_directory(config.out, "spiral", "spiral", dataclasses.asdict(config))
+    directory = _run.directory_of(config, "spiral", "spiral", dataclasses.asdict(config))
     attrs = {"command": shlex.join(["python", "-m", "experiments.spiral", *arguments])}
-    with _run.saving_first():
+    with _signals.saving_first(console.print):
         with jax.enable_x64(True):
-            results = train(config)
-        results.attrs |= _results.provenance() | attrs
-        _results.save(results, directory / "results.nc")
-        if results.attrs["finished"] != "true":
-            report(results, directory, config.show_seed)
-            return False
-    report(results, directory, config.show_seed)
-    return True
+            results = train(config, directory)
+        finished = results.attrs["finished"] == "true"
+        if jax.process_index() == 0:
+            results.attrs |= _results.provenance() | attrs
+            with _run.writing(directory, "spiral"):
+                _results.save(results, directory / "results.nc")
+                report(results, directory, config.show_seed)
+    if not finished:
+        console.print(f"Interrupted. To go on: {_run.resume_command(directory, 'spiral')}")
+    return finished
 
 
-def train(config: Config) -> xr.Dataset:
+def train(config: Config, directory: Path) -> xr.Dataset:
     """Trains all members, one program for each initialisation and width, and gives what was measured its dimensions."""
-    device = jax.devices()[0]
     num_losses = len(_results.conditions(config.amplitude, config.period))
     networks: list[tuple[Init, int]] = [(init, width) for init in config.init for width in config.width]
     members = config.seeds * num_losses * len(config.learning_rate)
     seconds = sum(cpu_seconds_per_update(width, config.curvature) for _, width in networks) * members * config.updates
     console.print(
-        f"{jax.device_count()} x {device.device_kind} | {members * len(networks)} members = {config.seeds} seeds x "
+        f"{_run.devices()} | {members * len(networks)} members = {config.seeds} seeds x "
         f"{num_losses} losses x {len(networks) * len(config.learning_rate)} settings | {config.updates:,} updates | "
-        "the spiral, 300 + 300 points | float64 | "
-        + (f"about {_run.duration(seconds)}" if device.platform == "cpu" else "time: see the ETA after the first chunk")
+        f"the spiral, 300 + 300 points | float64 | {_run.announced(seconds)}"
     )
     every, evaluations = config.curvature or 1, min(config.updates, 70)
     pace = cpu_seconds_per_update(max(config.width), config.curvature) * members
     chunk = every * _run.chunk_length(config.updates // every, min(2 / pace, config.updates / evaluations) / every)
-    finished, steps_done = True, 0
-    parts: dict[str, list[xr.Dataset]] = {}
-    for number, (init, width) in enumerate(networks):
-        if len(networks) > 1:
-            console.print(f"network {number + 1} of {len(networks)}: {init} initialisation, width {width}")
-        try:
-            part, finished, interrupted = train_network(config, init, width, chunk, evaluations)
-        except KeyboardInterrupt:  # before the first chunk of this network was over
-            if not parts:
-                raise
-            finished = False
-            break
-        parts.setdefault(init, []).append(part)
-        steps_done += part.sizes["step"]
-        if not finished or interrupted:
-            finished = finished and number == len(networks) - 1
-            break
-    results = _join([_join(row, "width") for row in parts.values()], "init")
-    results.attrs |= {
-        "finished": str(finished).lower(),
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "steps_done": steps_done,
-        "steps_planned": config.updates * len(networks),
-    }
-    return results
+    schedules = make_schedules(config.amplitude, config.period, config.updates)  # one per loss
 
+    def train_network(init: Init, width: int) -> tuple[xr.Dataset, History]:
+        history = _training.train(
+            make_members(init, width, schedules, config.seeds, config.learning_rate, config.loss),
+            spiral(0),
+            {"train": spiral(0), "validation": spiral(1)},
+            Plan(
+                num_steps=config.updates,
+                chunk=chunk,
+                num_evaluations=evaluations,
+                observe=curvature if config.curvature else None,
+                observe_every=every,
+            ),
+            checkpoint=directory / "checkpoint" / f"{init}-{width}",
+            checkpoint_minutes=config.checkpoint_every,
+        )
+        weights = jax.vmap(lambda schedule: jax.vmap(schedule)(jnp.arange(history.steps_done)))(schedules)
+        labels = {"amplitudes": config.amplitude, "periods": config.period, "seeds": range(config.seeds)}
+        seen = np.arange(0, history.steps_done, every), history.observations
+        return labelled(history, labels, config.learning_rate, *seen, class_weights=weights), history
 
-def _join(parts: list[xr.Dataset], dim: str) -> xr.Dataset:
-    """Parts side by side along a new dimension; what some lack is NaN."""
-    return xr.concat(parts, dim, join="outer", fill_value={"diverged_at": -1}, combine_attrs="override")
-
-
-def train_network(
-    config: Config, init: Init, width: int, chunk: int, evaluations: int
-) -> tuple[xr.Dataset, bool, bool]:
-    """Trains the members of one initialisation and width.
-
-    Returns their results, whether it came to the end, and whether Ctrl-C was pressed.
-    """
-    schedules = make_schedules(config)  # one per loss
-    num_losses, num_rates = len(schedules.amplitude), len(config.learning_rate)
-    # Members are ordered by learning rate, then loss, then seed.
-    seeds = jnp.tile(jnp.arange(config.seeds), num_losses * num_rates)
-    rates = jnp.repeat(jnp.asarray(config.learning_rate, float), num_losses * config.seeds)
-    losses = DynamicalLoss(jax.tree.map(lambda leaf: jnp.tile(jnp.repeat(leaf, config.seeds), num_rates), schedules))
-    optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
-    weights: Literal["paper", "glorot"] = "glorot" if init == "glorot" else "paper"
-    make_model = lambda key: MLP(2, width, 3, init=weights, use_bias=init != "none", key=key)
-    keys = jax.vmap(ft.partial(jr.fold_in, jr.key(0)))(seeds)
-    states = ensemble.init(make_model, optimiser, keys, {"learning_rate": rates})
-    data, validation = ensemble.replicate((spiral(0), spiral(1)), states)
-
-    every = config.curvature or 1
-    states, history = _run.train(
-        states,
-        losses,
-        optimiser,
-        data,
-        {"train": data, "validation": validation},
-        num_steps=config.updates,
-        chunk=chunk,
-        batch_size=None,
-        microbatch_size=None,
-        num_evaluations=evaluations,
-        observe=curvature if config.curvature else None,
-        observe_every=every,
+    return train_networks(networks, train_network).assign_attrs(
+        loss_function=config.loss, steps_planned=config.updates * len(networks)
     )
-    steps_done = history.minibatch.loss.shape[1]
-    weights_of_all = jax.vmap(lambda schedule: jax.vmap(schedule)(jnp.arange(steps_done)))(schedules)
-    arrays = history.arrays()
-    rows = [slice(i * num_losses * config.seeds, (i + 1) * num_losses * config.seeds) for i in range(num_rates)]
-    parts = [
-        _results.assemble(
-            amplitudes=config.amplitude,
-            periods=config.period,
-            seeds=range(config.seeds),
-            classes=CLASSES,
-            class_weights=weights_of_all,
-            **{name: value if name == "evaluation_steps" else value[row] for name, value in arrays.items()},
-            observation_steps=np.arange(0, steps_done, every),
-            observations={name: value[row] for name, value in history.observations.items()},
-            attrs={"dataset": "spiral", "member_updates_per_second": history.steps_per_second * len(seeds)},
-        ).assign_coords(init=init, width=width, learning_rate=rate)
-        for row, rate in zip(rows, config.learning_rate, strict=True)
-    ]
-    return _join(parts, "learning_rate"), history.finished, history.interrupted
-
-
-def spiral(noise_seed: int) -> Dataset:
-    """Three arms of 100 points, `[300, 2]`, arm by arm. Noise seed 0 is the authors' training set.
-
-    Radii from 0 to 1, two turns, noise N(0, 0.2²) on the angle from NumPy's legacy generator. The arms share the
-    origin: at most 298 of the 300 points can be classified. The validation set is noise seed 1, a choice of ours.
-    """
-    rng = np.random.RandomState(noise_seed)
-    radius = np.linspace(0.0, 1, 100)
-    starts = [2 * np.pi * j / 3 for j in range(3)]
-    angles = [np.linspace(start, start + 4 * np.pi, 100) + 0.2 * rng.randn(100) for start in starts]
-    points = np.concatenate([np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1) for angle in angles])
-    return Dataset(jnp.asarray(points, float), jnp.repeat(jnp.arange(3), 100))
-
-
-def curvature(state, loss, data) -> dict[str, jax.Array]:
-    """Extreme eigenvalues at the state: of the Hessian of the loss with the step's class weights, on all data, and of
-    the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper for the Hessian."""
-
-    def objective(model):
-        return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
-
-    hessian_key, ntk_key = jr.split(jr.fold_in(state.key, state.step))
-    hessian = landscape.hessian_spectrum(objective, state.model, order=10, key=hessian_key)
-    ntk = landscape.ntk_spectrum(state.model, data.inputs[:NTK_POINTS], order=10, key=ntk_key)
-    return {
-        "hessian_max": hessian.eigenvalues[-1],
-        "hessian_max_error": hessian.errors[-1],
-        "hessian_min": hessian.eigenvalues[0],
-        "hessian_min_error": hessian.errors[0],
-        "ntk_max": ntk.eigenvalues[-1],
-        "ntk_max_error": ntk.errors[-1],
-    }
-
-
-def make_schedules(config: Config) -> OscillatingWeights:
-    """The schedules of all losses as one batch, in the order of `_results.conditions`: the static one first.
-
-    They stop after the last whole period of T + 1 updates. The paper's figure does so; for other periods it is our
-    rule. Where not one period fits, they do not stop.
-    """
-    pairs = [(A, T or 1) for A, T in _results.conditions(config.amplitude, config.period)]
-    amplitudes, periods = np.array(pairs).T
-    whole = config.updates // (periods + 1) * (periods + 1)
-    stop = np.where(whole > 0, whole, np.inf)
-    return OscillatingWeights(len(CLASSES), amplitudes, periods, stop=stop, inclusive_period=True)
-
-
-def cpu_seconds_per_update(width: int, curvature: int) -> float:
-    """About how long an update of a member takes on this CPU's cores; for the announced time and the length of chunks.
-
-    Fitted to widths 10, 100 and 1000 on two cores. An observation costs as much as some twenty updates.
-    """
-    update = 2.5e-5 + 6e-7 * width + 1.2e-9 * width**2
-    return update * (1 + (20 / curvature if curvature else 0)) / jax.device_count()
 
 
 def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:

@@ -13,7 +13,8 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
 from experiments import _bifurcation
-from experiments.spiral import Config, curvature, spiral
+from experiments._spiral import curvature, spiral
+from experiments.spiral import Config
 from experiments.spiral import train as run
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -20,10 +20,10 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from experiments import _data, _prepare, _results, _run, cifar
+from experiments import _cifar, _data, _prepare, _results, _run, cifar
+from experiments._cifar import PRESETS, Standardise, datasets, flops_per_image, nesterov, parse_period
 from experiments._data import ImageData
 from experiments._run import UsageError
-from experiments.cifar import PRESETS, Standardise, datasets, flops_per_image, nesterov, parse_period
 
 from .synthetic import class_weights, interrupt_after
 
@@ -59,7 +59,7 @@ def linear(monkeypatch):
         def __call__(self, x):
             return self.layer(x[::2, ::2].reshape(-1))
 
-    monkeypatch.setattr(cifar, "Myrtle", Linear)
+    monkeypatch.setattr(_cifar, "Myrtle", Linear)
 
 
 def command(*arguments) -> int:
@@ -164,12 +164,14 @@ class Stop(Exception):
 def captured(monkeypatch, data: ImageData, *arguments) -> SimpleNamespace:
     """What the command hands to the training loop."""
 
-    def train(states, losses, optimiser, train_data, splits, **rest):
-        seen.__dict__.update(states=states, losses=losses, optimiser=optimiser, data=train_data, splits=splits, **rest)
+    def train(members, train_data, splits, plan, **rest):
+        states = members.init()
+        seen.__dict__.update(members=members, states=states, losses=members.losses, data=train_data, splits=splits)
+        seen.__dict__.update(dataclasses.asdict(plan))
         raise Stop
 
     seen = SimpleNamespace()
-    monkeypatch.setattr(_run, "train", train)
+    monkeypatch.setattr(cifar, "train", train)
     monkeypatch.setattr(_data, "load", lambda *args, **kwargs: data)
     with pytest.raises(Stop):
         cifar.main([*map(str, arguments)])
@@ -390,7 +392,7 @@ def test_auto_falls_back_to_digits_and_says_so_everywhere(linear, tmp_path, caps
     warning, header = out.splitlines()[:2]
     assert warning.startswith("WARNING") and "digits instead of CIFAR-10" in warning
     assert "digits" in header and "NOT CIFAR-10" in out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"digits_{name}" for name in FILES}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {f"digits_{name}" for name in FILES}
     for name in ("summary.md", "summary.json", "config.json"):
         assert "digits" in (tmp_path / "out" / f"digits_{name}").read_text()
     assert _results.load(tmp_path / "out" / "digits_results.nc").attrs["dataset"] == "digits"
@@ -401,7 +403,7 @@ def test_amplitude_1_trains_the_static_loss_alone_and_out_may_be_left_out(linear
     assert "1 members = 1 seeds x 1 losses" in capsys.readouterr().out
     (directory,) = Path("results").iterdir()
     assert directory.name.startswith("cifar-digits-20")
-    assert {path.name for path in directory.iterdir()} == {f"digits_{name}" for name in FILES}
+    assert {path.name for path in directory.iterdir() if path.is_file()} == {f"digits_{name}" for name in FILES}
     results = _results.load(directory / "digits_results.nc")
     assert results.amplitude.values.tolist() == [1] and (results.class_weights == 1).all()
 
@@ -429,7 +431,7 @@ def test_a_run_interrupted_before_any_evaluation_leaves_what_it_has(linear, tmp_
     assert command(*TINY, *flags) == 130
     out = capsys.readouterr().out
     assert f"INTERRUPTED after {chunks} of 7 updates" in out and "nan" not in out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"digits_{name}" for name in FILES}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {f"digits_{name}" for name in FILES}
     results = _results.load(tmp_path / "out" / "digits_results.nc")
     assert results.attrs["finished"] == "false" and results.attrs["steps_done"] == chunks == results.sizes["step"]
     assert results.class_weights.sizes["step"] == chunks
@@ -584,7 +586,7 @@ def test_ctrl_c_in_training_keeps_what_was_measured(tmp_path):
     done = int(results.attrs["steps_done"])
     assert results.attrs["finished"] == "false" and 0 < done < 140_000 and results.sizes["step"] == done
     assert any(f"INTERRUPTED after {done:,} of 140,000 updates" in line for line in lines)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"digits_{name}" for name in FILES}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {f"digits_{name}" for name in FILES}
 
 
 @pytest.mark.slow

@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM that lose nothing: the first one lets the running work come to an end, a second one does not."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler that takes the machine back sends the second
+_USUAL = (signal.default_int_handler, signal.SIG_DFL)
+_HANDLERS: list[Callable[..., None]] = []  # those of ours that are in place
+
+
+@contextlib.contextmanager
+def saving_first(tell: Callable[[str], None]) -> Iterator[None]:
+    """Lets a signal wait until the end of the block, so that what has been measured is written whatever happens.
+
+    Training inside the block still stops after the running chunk.
+    """
+    with _handling(lambda name, again: tell(f"{name}: saving what there is first.")) as event:
+        yield
+    if event.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def first_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Makes the first signal set an event, and only the next one raise a KeyboardInterrupt.
+
+    A KeyboardInterrupt that hits Python inside one of JAX's callbacks from the garbage collector is printed and lost.
+    """
+
+    def handle(name: str, again: bool):
+        if again:
+            raise KeyboardInterrupt
+        tell(name)
+
+    with _handling(handle) as event:
+        yield event
+
+
+@contextlib.contextmanager
+def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
+    """Calls `handle` at every signal, with its name and whether there was one before, unless somebody else does."""
+    event = threading.Event()
+
+    def handler(number: int, _frame):
+        again = event.is_set()
+        event.set()
+        handle("Ctrl-C" if number == signal.SIGINT else "SIGTERM", again)
+
+    replaced = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.getsignal(number) for number in _SIGNALS}
+        replaced = {number: old for number, old in usual.items() if old in _USUAL or old in _HANDLERS}
+    if replaced:
+        _HANDLERS.append(handler)
+    for number in replaced:
+        signal.signal(number, handler)
+    try:
+        yield event
+    finally:
+        for number, old in replaced.items():
+            signal.signal(number, old)
+        if replaced:
+            _HANDLERS.remove(handler)
