@@ -1,8 +1,11 @@
 """Checkpoints of a training run, written and read by orbax: what it takes to go on as if nothing had happened."""
 
+import contextlib
 import hashlib
+import logging
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,8 @@ class Checkpoints:
         """The newest checkpoint that is undamaged, if there is one. Damaged ones are reported, and removed."""
         for step in sorted(self._open().all_steps(), reverse=True):
             try:
-                arrays = self._read(step)
+                with _hushed():
+                    arrays = self._read(step)
             except Exception as error:  # whatever a damaged file makes orbax raise
                 self._report(
                     f"WARNING: the checkpoint of update {step:,} in {self._directory} is damaged "
@@ -68,7 +72,8 @@ class Checkpoints:
         )
         self._last = time.monotonic()
         try:
-            self._open().save(step, args=content)
+            with _hushed():
+                self._open().save(step, args=content)
             self._saved = step
         except Exception as error:  # a full disk is one of many kinds, depending on which library notices it
             self.close()
@@ -98,6 +103,21 @@ class Checkpoints:
         if _digest(arrays) != found.about["digest"]:
             raise ValueError("its contents are not what was written")
         return arrays
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Where orbax fails, keeps Python from telling on stderr of every array that was still on its way."""
+    usual = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else usual(found)
+    try:
+        yield
+    except Exception:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        time.sleep(0.2)
+        raise
+    finally:
+        sys.unraisablehook = usual
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:

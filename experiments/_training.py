@@ -315,13 +315,13 @@ class _Record:
 
 
 def _joined(records: list[_Record], num_members: int, splits: Mapping[str, Dataset], stopped: bool) -> History:
-    """The history of all members; what an interrupted run never came to is NaN."""
+    """The history of all members; what an interrupted run never came to is NaN, or -1 for a whole number."""
 
     def whole(name: str) -> np.ndarray:
         parts = [record.get(name) for record in records]
         shape = (num_members, *np.max([part.shape[1:] for part in parts], 0))
         dtype = next((part.dtype for part in parts if part.size), parts[0].dtype)
-        joined = np.full(shape, np.nan, dtype)
+        joined = np.full(shape, np.nan if np.issubdtype(dtype, np.inexact) else -1, dtype)
         start = 0
         for record, part in zip(records, parts, strict=True):
             joined[start : start + record.size, *map(slice, part.shape[1:])] = part
