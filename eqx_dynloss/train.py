@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PyTree, Shaped
 
-from .loss import DynamicalLoss, softmax_cross_entropy
+from .loss import BaseLoss, DynamicalLoss, softmax_cross_entropy
 
 
 class Dataset(eqx.Module):
@@ -219,16 +219,17 @@ def minibatches(
     )
 
 
-def evaluate(model: PyTree, data: Dataset, *, batch_size: int = 256) -> Metrics:
-    """The plain, unweighted cross-entropy and the accuracy on a whole data set: comparable between all losses.
+def evaluate(model: PyTree, data: Dataset, *, batch_size: int = 256, base: BaseLoss = softmax_cross_entropy) -> Metrics:
+    """The plain, unweighted loss and the accuracy on a whole data set: comparable between all schedules.
 
     **Arguments:**
 
-    - `model`: an Equinox model of one example that gives logits.
+    - `model`: an Equinox model of one example that gives an output per class, such as logits.
     - `batch_size`: examples that are in memory at once. Does not change the result beyond rounding.
+    - `base`: the per-example loss whose mean is taken, with a weight of one for every class.
     """
     outputs = lax.map(lambda x: model(data.transform(x)), data.inputs, batch_size=min(batch_size, len(data)))
-    loss = jnp.mean(softmax_cross_entropy(outputs, data.labels))
+    loss = jnp.mean(base(outputs, data.labels, jnp.ones(outputs.shape[-1])))
     return Metrics(loss, _accuracy(outputs, data.labels).astype(loss.dtype))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from . import _bifurcation
 from ._plots import extremes, finish, grid
@@ -86,13 +87,13 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
         _weights(rows["weights"][column], steps, members)
         for label, side, style in sides:
             loss = side.minibatch_loss.values[:, low : high + 1]
-            _band(rows["loss"][column], steps, loss[:, : len(steps)], style, label)
-            _band(rows["difference"][column], steps[: loss.shape[1] - 1], abs(np.diff(loss)), style, label)
-            _band(rows["accuracy"][column], steps, side.minibatch_accuracy.values[:, low:high], style, label)
+            band(rows["loss"][column], steps, loss[:, : len(steps)], style, label)
+            band(rows["difference"][column], steps[: loss.shape[1] - 1], abs(np.diff(loss)), style, label)
+            band(rows["accuracy"][column], steps, side.minibatch_accuracy.values[:, low:high], style, label)
             if "hessian_max" in side:
                 seen = side.sel(observation_step=slice(low, high - 1))
                 for row in ("hessian_max", "ntk_max"):
-                    _band(rows[row][column], seen.observation_step.values, seen[row].values, style, label)
+                    band(rows[row][column], seen.observation_step.values, seen[row].values, style, label)
         rows["accuracy"][column].set_ylim(0, 1.03)
     _finish_rows(rows, members, "difference")
     rows["loss"][0].legend(fontsize=7, loc="lower left", ncols=2)
@@ -176,23 +177,25 @@ def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
 def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset, *logarithmic: str) -> None:
     """Makes the axes of loss, Hessian and other rows logarithmic where there is anything positive to show, and adds the
     line 2/η, above which gradient descent is unstable."""
-    for name in ("loss", "hessian_max", *logarithmic):
-        for axes in rows.get(name, ()):
-            if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
-                axes.set_yscale("log")
-                _round_numbers(axes)
     rows["weights"][0].legend(fontsize=7, loc="upper right", ncols=3)
     for axes in rows.get("hessian_max", ()):
         axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
         label = f"2/η = {2 / float(members.learning_rate):g}"
         place = (0.995, 2 / float(members.learning_rate))
         axes.annotate(label, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    for name in ("loss", "hessian_max", *logarithmic):
+        for axes in rows.get(name, ()):
+            if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
+                axes.set_yscale("log")
+                round_numbers(axes)
 
 
-def _round_numbers(axes: Axes) -> None:
-    """Labels a logarithmic axis with plain numbers; within two decades also at 2 and 5."""
+def round_numbers(axes: Axes) -> None:
+    """Labels a logarithmic axis with plain numbers: powers of ten; within two decades also 2 and 5; within a factor of
+    five what a linear axis would have."""
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 100 * low else (1,)))
+    decades = LogLocator(10, (1, 2, 5) if high < 100 * low else (1,))
+    axes.yaxis.set_major_locator(MaxNLocator(5) if high < 5 * low else decades)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -214,20 +217,21 @@ def _series(axes: Axes, steps: np.ndarray, values: np.ndarray, zoom: int) -> Non
         axes.plot(steps[kept], thinned, color="black", linewidth=0.6)
 
 
-def _band(axes: Axes, steps: np.ndarray, values: np.ndarray, style: tuple[str, Any], label: str) -> None:
-    """Median and 16th to 84th percentile over seeds of `[seeds, steps]`, averaged over windows of steps first.
+def band(axes: Axes, steps: np.ndarray, values: np.ndarray, style: tuple[str, Any], label: str) -> Line2D:
+    """Draws median and 16th to 84th percentile over seeds of `[seeds, steps]`, averaged over windows of steps first.
 
     A window has at least four of them: single ones of an alternating series would show which of them are odd.
+    Returns the median's line, empty if there is nothing to draw.
     """
     edges = np.unique(np.linspace(0, len(steps), np.clip(len(steps) // 4, 1, _WINDOWS) + 1).astype(int))
     lengths = np.diff(edges)
     means = np.add.reduceat(values, edges[:-1], axis=1) / lengths if lengths.size else values
     trained = np.isfinite(means).any(0)
     if not trained.any():
-        axes.plot([], [], color=style[0], linestyle=style[1], label=label)
-        return
+        return axes.plot([], [], color=style[0], linestyle=style[1], label=label)[0]
     x = (np.add.reduceat(steps, edges[:-1]) / lengths)[trained]
     low, middle, high = np.nanquantile(means[:, trained], (0.16, 0.5, 0.84), axis=0)
-    axes.plot(x, middle, color=style[0], linestyle=style[1], linewidth=1.2, label=label)
+    (line,) = axes.plot(x, middle, color=style[0], linestyle=style[1], linewidth=1.2, label=label)
     if len(values) > 1:
         axes.fill_between(x, low, high, color=style[0], alpha=0.25, linewidth=0)
+    return line

@@ -10,7 +10,12 @@ import optax
 import pytest
 
 import eqx_dynloss.loss
-from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy, softmax_cross_entropy_with_soft_labels
+from eqx_dynloss.loss import (
+    DynamicalLoss,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_soft_labels,
+    squared_error,
+)
 from eqx_dynloss.schedule import OscillatingWeights, StaticWeights, UntilStep
 
 from .helpers import DERIVATIVES, tree_allclose, undecorated
@@ -218,6 +223,161 @@ def test_soft_labels_lose_no_accuracy_to_an_offset(offset):
     assert tree_allclose(shifted, softmax_cross_entropy_with_soft_labels(x, soft, w), rtol=2e-6, atol=2e-6)
 
 
+def squared_by_hand(outputs, labels, class_weights, weighting):
+    """In float64 NumPy, number by number: the losses, and their sum's derivatives in the outputs and in the weights."""
+    f, y, w = np.asarray(outputs, np.float64), np.asarray(labels), np.asarray(class_weights, np.float64)
+    loss, grad_f, grad_w = np.zeros(y.shape), np.zeros(f.shape), np.zeros(w.shape)
+    for example in np.ndindex(y.shape):
+        for unit in range(f.shape[-1]):
+            weighed_by = y[example] if weighting == "sample" else unit
+            error = f[example][unit] - (1.0 if unit == y[example] else 0.0)
+            loss[example] += w[weighed_by] * error**2
+            grad_f[(*example, unit)] = 2 * w[weighed_by] * error
+            grad_w[weighed_by] += error**2
+    return loss, grad_f, grad_w
+
+
+WEIGHTINGS = pytest.mark.parametrize("weighting", ["sample", "unit"])
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("shape, num_classes", [((), 3), ((0,), 5), ((2, 3, 5), 7), ((9,), 1)], ids=str)
+def test_squared_errors_and_their_derivatives_are_those_by_hand(weighting, shape, num_classes, x64):
+    x, y, _, w = problem(shape, num_classes)
+    w = w.at[0].set(0.0)  # which has a derivative too
+    function = ft.partial(squared_error, weighting=weighting)
+    loss, grad_x, grad_w = squared_by_hand(x, y, w, weighting)
+    assert tree_allclose(jax.jit(function)(x, y, w), loss)
+    gradients = jax.jit(jax.grad(lambda x, w: jnp.sum(function(x, y, w)), (0, 1)))(x, w)
+    assert tree_allclose(gradients, (grad_x, grad_w))
+
+
+@WEIGHTINGS
+def test_squared_errors_without_weights_are_plain(weighting, x64):
+    x, y, _, _ = problem((40,), 10)
+    plain = np.sum((np.asarray(x) - np.eye(10)[y]) ** 2, -1)
+    assert tree_allclose(squared_error(x, y, weighting=weighting), plain)
+    assert tree_allclose(squared_error(x, y, jnp.ones(10), weighting=weighting), plain)
+
+
+@WEIGHTINGS
+def test_squared_errors_are_those_of_torch(torch, weighting, x64):
+    x, y, _, _ = problem((40,), 10)
+    torch_x, target = torch.tensor(np.array(x), requires_grad=True), torch.tensor(np.eye(10)[y])
+    expected = torch.nn.functional.mse_loss(torch_x, target, reduction="none").sum(-1)
+    (gradient,) = torch.autograd.grad(expected.sum(), torch_x)
+    function = ft.partial(squared_error, weighting=weighting)
+    assert tree_allclose(function(x, y), expected.detach().numpy())
+    assert tree_allclose(jax.grad(lambda x: function(x, y).sum())(x), gradient.numpy())
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("name", ["jvp of value and grad", "vmap of hessian"])
+def test_derivatives_of_squared_errors_are_those_of_the_formula(weighting, name, x64):
+    x, y, _, w = problem((4,), 3)
+    y, w, dx, dw = y.at[1].set(-7).at[2].set(0), w.at[2].set(0.0), jnp.cos(x), jnp.sin(w)
+    where, kept = jnp.array([True, False, True, True]), jnp.array([0, 2, 3])
+
+    def ours(x, w):
+        return jnp.sum(squared_error(x, y, w, weighting=weighting, where=where) ** 2)
+
+    def theirs(x, w):
+        x, target = x[kept], one_hot(y[kept], x)
+        weight = (target @ w)[:, None] if weighting == "sample" else w[None]
+        return jnp.sum(jnp.sum(weight * (x - target) ** 2, -1) ** 2)
+
+    actual, expected = (jax.jit(ft.partial(DERIVATIVES[name], f))(x, w, dx, dw) for f in (ours, theirs))
+    assert tree_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_squared_errors_of_low_precision_are_computed_and_returned_in_float32(weighting, dtype):
+    x, y, _, w = problem((64,), 10)
+    x, w = x.astype(dtype), w.astype(dtype)
+    value, pullback = jax.vjp(lambda x: squared_error(x, y, w, weighting=weighting), x)
+    (gradient,) = pullback(jnp.ones(64))
+    loss, grad_x, _ = squared_by_hand(x, y, w, weighting)
+    assert value.dtype == "float32" and gradient.dtype == dtype
+    assert tree_allclose(value, loss, same_dtype=False, rtol=2e-6, atol=2e-6)
+    assert tree_allclose(gradient, grad_x, same_dtype=False)
+
+
+@WEIGHTINGS
+def test_squared_errors_take_labels_of_any_integer_dtype(weighting):
+    x, _, _, w = problem((6,), 300)
+    y = jnp.array([0, 1, 44, 99, 126, 127])
+    expected = squared_error(x, y, w, weighting=weighting)
+    for dtype in ("int8", "uint8", "uint32"):
+        assert tree_allclose(squared_error(x, y.astype(dtype), w, weighting=weighting), expected)
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("bad, bad_label", [(jnp.inf, -1), (jnp.nan, 2)])
+def test_masked_squared_errors_give_exactly_nothing(weighting, bad, bad_label):
+    x, y, _, w = problem((3, 2))
+    where = jnp.array([[True, False], [False, True], [True, True]])
+
+    @jax.jit
+    def run(x, y):
+        f = lambda x, w: squared_error(x, y, w, weighting=weighting, where=where)
+        total = lambda x, w: jnp.sum(f(x, w))
+        return f(x, w), jax.grad(total, (0, 1))(x, w), jax.jvp(jax.grad(total), (x, w), (jnp.ones_like(x), w))[1]
+
+    clean = run(x, y)
+    value, (grad_x, _), second = run(jnp.where(where[..., None], x, bad), jnp.where(where, y, bad_label))
+    assert not np.any(value[~where]) and not np.any(grad_x[~where]) and not np.any(second[~where])
+    assert tree_allclose((value, (grad_x, _), second), clean, rtol=0, atol=0)
+    assert tree_allclose(value[where], squared_error(x, y, w, weighting=weighting)[where])
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("label, output", [(-1, 1.0), (5, jnp.inf), (2**31 - 1, jnp.nan)])
+def test_the_squared_error_of_a_label_out_of_range_is_nan_without_gradient(weighting, label, output):
+    x, y, _, w = problem()
+    x, y = x.at[3].set(output), y.at[3].set(label)
+    f = lambda x, w: squared_error(x, y, w, weighting=weighting)
+    assert np.array_equal(np.isnan(f(x, w)), np.arange(7) == 3)
+    grad_x, grad_w = jax.jit(jax.grad(lambda x, w: jnp.sum(f(x, w)), (0, 1)))(x, w)
+    assert not np.any(grad_x[3]) and np.all(np.isfinite(grad_x)) and np.all(np.isfinite(grad_w))
+
+
+def test_a_weight_of_zero_silences_an_infinite_squared_error():
+    x = jnp.array([[0.5, -jnp.inf, 0.0], [0.5, 1e30, 0.0], [0.5, 2.0, 1.0]])
+    w = jnp.array([1.0, 0.0, 2.0])
+    sample, unit = (ft.partial(squared_error, weighting=weighting) for weighting in ("sample", "unit"))
+    # The first two labels have no weight; the second class of unit-weighted errors has none.
+    for function, labels, expected in ((sample, [1, 1, 0], [0.0, 0.0, 5.25]), (unit, [2, 2, 0], [2.25] * 3)):
+        y = jnp.array(labels)
+        assert tree_allclose(function(x, y, w), jnp.array(expected))
+        total = lambda x, w, y=y, function=function: jnp.sum(function(x, y, w))
+        derivatives = jax.jit(lambda x, w, f=total: (jax.grad(f, (0, 1))(x, w), jax.hessian(f)(x, w)))(x, w)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(derivatives))
+    assert sample(x, jnp.array([0, 0, 0]), w)[0] == jnp.inf
+    # Squares that are finite, but whose sum is not.
+    assert sample(jnp.full((1, 3), 1.5e19), jnp.array([1]), w)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "labels, weights, where, sentence",
+    [
+        ((5,), (3,), None, "outputs must have the batch shape of the labels.*got outputs of shape"),
+        ((4, 1), (3,), None, "outputs must have the batch shape"),
+        ((4,), (2,), None, "class_weights must hold one weight for each of the 3 classes"),
+        ((4,), (3,), (1,), "where must have the batch shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_squared_errors_are_refused_without_type_checks(labels, weights, where, sentence):
+    where = None if where is None else jnp.ones(where, bool)
+    with pytest.raises(ValueError, match=sentence):
+        undecorated(squared_error)(jnp.zeros((4, 3)), jnp.zeros(labels, int), jnp.ones(weights), where=where)
+
+
+def test_an_unknown_weighting_is_refused_without_type_checks():
+    with pytest.raises(ValueError, match='weighting must be "sample" or "unit", got \'class\''):
+        undecorated(squared_error)(jnp.zeros((4, 3)), jnp.zeros(4, int), weighting="class")
+
+
 BOTH = pytest.mark.parametrize("function", [softmax_cross_entropy, softmax_cross_entropy_with_soft_labels])
 
 
@@ -344,6 +504,24 @@ def test_other_base_losses():
     assert tree_allclose(value, jnp.mean(softmax_cross_entropy(x, y, SCHEDULE(5), label_smoothing=0.1)))
     value = DynamicalLoss(SCHEDULE, softmax_cross_entropy_with_soft_labels)(x, soft, 5)
     assert tree_allclose(value, jnp.mean(softmax_cross_entropy_with_soft_labels(x, soft, SCHEDULE(5))))
+
+
+def test_dynamical_squared_errors_are_compiled_once():
+    x, y, _, _ = problem((30,), 3)
+    traces = []
+
+    @eqx.filter_jit
+    def run(loss, step):
+        traces.append(loss.base)
+        return loss(x, y, step)
+
+    bases = {"sample": squared_error, "unit": ft.partial(squared_error, weighting="unit")}
+    for weighting, base in bases.items():
+        for step in (3, 5, 14):
+            value = run(DynamicalLoss(SCHEDULE, base), jnp.asarray(step))
+            expected, _, _ = squared_by_hand(x, y, SCHEDULE(step), weighting)
+            assert tree_allclose(value, expected.mean(), same_dtype=False)
+    assert traces == list(bases.values())
 
 
 def test_leaves_of_a_dynamical_loss_are_those_of_its_schedule():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from eqx_dynloss import train
-from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy
+from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy, squared_error
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
@@ -214,6 +214,16 @@ def test_evaluation_is_the_plain_mean_over_all_examples(batch_size, getkey):
     expected = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.labels))
     assert tree_allclose(metrics.loss, expected)
     assert metrics.accuracy == jnp.mean(jnp.argmax(logits, -1) == data.labels)
+
+
+@pytest.mark.parametrize("weighting", ["sample", "unit"])
+def test_evaluation_by_another_loss_is_its_mean_without_class_weights(weighting, getkey):
+    data = blobs(getkey())
+    model = make_mlp(getkey())
+    outputs = np.asarray(jax.vmap(model)(data.inputs))
+    metrics = train.evaluate(model, data, batch_size=7, base=ft.partial(squared_error, weighting=weighting))
+    assert tree_allclose(metrics.loss, np.mean(np.sum((outputs - np.eye(3, dtype="float32")[data.labels]) ** 2, -1)))
+    assert metrics.accuracy == np.mean(outputs.argmax(-1) == data.labels)
 
 
 def test_hyperparameters_are_set_by_name_and_unknown_ones_are_an_error(getkey):
