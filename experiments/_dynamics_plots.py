@@ -177,17 +177,17 @@ def _ranges(members: xr.Dataset) -> tuple[tuple[int, int], tuple[int, int]]:
 def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset, *logarithmic: str) -> None:
     """Makes the axes of loss, Hessian and other rows logarithmic where there is anything positive to show, and adds the
     line 2/η, above which gradient descent is unstable."""
+    for name in ("loss", "hessian_max", *logarithmic):
+        for axes in rows.get(name, ()):
+            if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
+                axes.set_yscale("log")
+                round_numbers(axes)
     rows["weights"][0].legend(fontsize=7, loc="upper right", ncols=3)
     for axes in rows.get("hessian_max", ()):
         axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
         label = f"2/η = {2 / float(members.learning_rate):g}"
         place = (0.995, 2 / float(members.learning_rate))
         axes.annotate(label, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    for name in ("loss", "hessian_max", *logarithmic):
-        for axes in rows.get(name, ()):
-            if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
-                axes.set_yscale("log")
-                round_numbers(axes)
 
 
 def round_numbers(axes: Axes) -> None:

@@ -125,7 +125,7 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
             for name, hint in hints.items()
             for value in [values[name]]
         }
-        return config(**fields | {"resume": directory, "out": None})
+        return config(**fields | {"resume": directory, "out": None, "distributed": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."

@@ -55,14 +55,17 @@ def static_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
             every = max(1, np.size(line.get_xdata()) // 8)
             line.set(marker=_MARKERS[look % 7], markersize=5, markevery=(every * i // len(shown), every))
             line.set(markerfacecolor=style[0] if look < 7 else "white", linewidth=1.4 if rate < 6 else 2.8)
-        for text, height in marked.items():
+        for height in marked.values():
             axes.axhline(height, color="0.35", linewidth=1, linestyle=(0, (8, 4)), zorder=1.5)
-            place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-            axes.annotate(text, (1.01, height), fontsize=8, **place)
         if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
             axes.set_yscale("log")
             axes.set_ylim(top=min(top, axes.get_ylim()[1]))
             round_numbers(axes)
+        low, high = axes.get_ylim()
+        for text, height in marked.items():
+            if 1e-6 * low < height < 1e6 * high:
+                place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+                axes.annotate(text, (1.01, height), fontsize=8, **place)
         axes.set_ylabel(label)
         grid(axes)
     cells[-1].set_xlabel("step (updates)")

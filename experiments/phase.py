@@ -53,7 +53,8 @@ class Config:
     """Learning rates. Several, for the spiral, are several diagrams in one program."""
     loss: LossName = "cross-entropy"
     """What is weighted, for the spiral: the paper's cross-entropy, or a squared error whose weights belong to the
-    examples (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours."""
+    examples (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours, and at
+    rate 1 they are at the edge of what is stable: take 0.3 or less."""
     init: Init = "paper"
     """Initialisation of the spiral's network: see `python -m experiments.spiral --help`."""
     updates: Annotated[int | None, _default("INT", "70,000")] = None

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 import xarray as xr
 
-from . import _bifurcation, _dynamics_plots, _results, _run, _signals, _summary, _training
+from . import _bifurcation, _dynamics_plots, _results, _run, _signals, _static_plots, _summary, _training
 from ._run import UsageError, console
 from ._spiral import (
     Init,
@@ -59,7 +59,8 @@ class Config:
     """The constant learning rate."""
     loss: LossName = "cross-entropy"
     """What is weighted: the paper's cross-entropy, or a squared error whose weights belong to the examples
-    (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours."""
+    (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours, and at rate 1
+    they are at the edge of what is stable: take 0.3 or less."""
     updates: int = 70_000
     """How many updates to make."""
     curvature: int = 25
@@ -148,6 +149,9 @@ def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:
     observed = "hessian_max" in results
     _summary.write_summary(summary, results, directory, _bifurcation.report(results) if observed else ())
     figures = _dynamics_plots.write(results, directory, show_seed)
+    if len(list(_results.settings(results))) > 1:
+        figures.append(directory / "static_curves.png")
+        _static_plots.static_curves(results, figures[-1])
     console.print(_summary.console_table(summary))
     for condition in summary.conditions:
         if condition.evidence:

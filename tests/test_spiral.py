@@ -88,10 +88,10 @@ def test_the_data_are_the_authors():
     assert not np.array_equal(spiral(1).inputs, data.inputs)
 
 
-def test_reproduces_the_numbers_of_the_papers_figure():
+def test_reproduces_the_numbers_of_the_papers_figure(tmp_path):
     """Ten seeds of the paper-era initialisation against the loss, the largest eigenvalues of Hessian and NTK, and the
     onset of the first bifurcation, all read off a re-run of the figure with one seed (about 1 % accurate)."""
-    results = run(Config(seeds=10, updates=4500, curvature=500)).isel(init=0, width=0, learning_rate=0, period=0)
+    results = run(Config(seeds=10, updates=4500, curvature=500), tmp_path).isel(init=0, width=0, learning_rate=0, period=0)
     members = results.sel(amplitude=70)
     for step, hessian, ntk, loss in [(2500, 0.601, 347, 0.133), (4000, 1.62, 461, 0.252)]:
         seen = members.sel(observation_step=step)
@@ -129,9 +129,9 @@ def test_what_is_observed_is_the_dense_curvature(getkey):
 
 
 @pytest.mark.slow
-def test_reproduces_the_accuracies_and_the_onset_of_instability():
+def test_reproduces_the_accuracies_and_the_onset_of_instability(tmp_path):
     """REFERENCE's table, within 3 standard errors of the difference of two means of ten seeds, and bifurcations."""
-    results = run(Config(seeds=10))
+    results = run(Config(seeds=10), tmp_path)
     members = results.isel(init=0, width=0, learning_rate=0, period=0)
     final = members.accuracy.isel(evaluation_step=-1)
     for amplitude, split, mean, std in [

@@ -80,11 +80,12 @@ def whole(tmp_path_factory):
     return results(directory)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_numbers(tmp_path):
-    """SIGKILL, four times, a random time after the first chunk: while training, and while a checkpoint is written."""
+    """SIGKILL, three times, a random time after the first chunk: while training, and while a checkpoint is written."""
     finish(start([*SPIRAL, "--out", tmp_path / "whole"]))
     arguments, delays = [*SPIRAL, "--out", tmp_path / "run"], random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = start(arguments)
         wait_for(process, "update ")
         time.sleep(delays.uniform(0, 0.8))
@@ -95,15 +96,18 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_numbers(tmp_p
     assert_same(results(tmp_path / "run"), results(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_two_hosts_leave_the_results_of_one(tmp_path, whole):
     first, second = hosts([*PHASE, "--out", tmp_path / "run"])
     assert "2 x cpu on 2 hosts" in finish(first)
-    assert finish(second) == ""  # one speaks for all
+    said = [line for line in finish(second).splitlines() if not line.startswith("[Gloo]")]
+    assert said == []  # one speaks for all
     assert_same(results(tmp_path / "run"), whole)
 
 
+@pytest.mark.slow
 def test_preempted_hosts_save_and_another_number_of_devices_goes_on(tmp_path, whole):
-    """SIGTERM for one of the hosts stops both. Three devices, which do not divide 15 members evenly by chance, go on."""
+    """SIGTERM for one of the hosts stops both. Four devices, which do not divide 15 members, go on."""
     first, second = hosts([*PHASE, "--out", tmp_path / "run"])
     wait_for(first, "update ")
     second.send_signal(signal.SIGTERM)

@@ -100,7 +100,7 @@ def test_tables_and_figures_name_every_setting(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert len(summary["conditions"]) == 4 * 5
     written = {path.name for path in finished.iterdir() if path.is_file()}
-    assert written >= FILES | {"accuracy.png", "bifurcation.png"}
+    assert written >= FILES | {"accuracy.png", "bifurcation.png", "static_curves.png"}
     assert "dynamics-paper-init-learning-rate-0.5-A5-T10.png" in written
     start = results_of(finished).minibatch_loss.sel(step=5, init="paper", learning_rate=1, amplitude=70, period=10)
     moment = f"| paper init, learning rate 1, A = 70, T = 10 | 5 | {float(start.mean()):.4f} ± "
@@ -126,7 +126,9 @@ def test_the_defaults_are_the_papers_protocol():
 
 def test_without_curvature_and_without_a_dynamical_loss(tmp_path):
     assert command(*TINY, "--curvature", 0, "--amplitude", 1, "--out", "run") == 0
-    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} == (FILES | FIGURES) - {"bifurcation.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} == (FILES | FIGURES) - {
+        "bifurcation.png"
+    }
     assert "hessian_max" not in _results.load(tmp_path / "run" / "results.nc")
 
 
@@ -180,14 +182,14 @@ def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("last", [False, True])
 def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_path, monkeypatch):
     """Of two networks: in the first one's last chunk, or when all are trained."""
-    place = "_join" if last else "curvature"
-    real = getattr(spiral, place)
+    module, place = (_spiral, "_join") if last else (spiral, "curvature")
+    real = getattr(module, place)
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(spiral, place, interrupted)
+    monkeypatch.setattr(module, place, interrupted)
     code = command(*TINY, "--updates", 5, "--width", 4, 6, "--out", "run")
     assert code == 130
     results = _results.load(tmp_path / "run" / "results.nc")
@@ -231,5 +233,5 @@ def test_results_are_never_overwritten(capsys, tmp_path):
 
 def test_joined_parts_are_filled():
     parts = [xr.Dataset({"diverged_at": ("seed", [-1, 3])}).assign_coords(width=w) for w in (1, 2)]
-    joined = spiral._join(parts, "width")
+    joined = _spiral._join(parts, "width")
     assert joined.diverged_at.dtype == int and joined.width.values.tolist() == [1, 2]

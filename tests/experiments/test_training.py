@@ -22,7 +22,9 @@ from experiments._training import Members, Plan
 from .synthetic import interrupt_after
 
 MEMBERS = 3
-OPTIMISER = optax.inject_hyperparams(optax.sgd)(0.1)  # one object, so that all tests share one compilation per chunk length
+OPTIMISER = optax.inject_hyperparams(optax.sgd)(
+    0.1
+)  # one object, so that all tests share one compilation per chunk length
 
 
 def make_model(key):
@@ -271,7 +273,9 @@ def test_a_wave_is_what_the_compiler_says_there_is_memory_for(monkeypatch):
     """On a device whose memory the program for six of 60 members nearly fills."""
     who, seen = members(60), []
     real = ensemble.peak_memory
-    monkeypatch.setattr(ensemble, "peak_memory", lambda *a, **k: seen.append((len(a[0].step), real(*a, **k))) or seen[-1][1])
+    monkeypatch.setattr(
+        ensemble, "peak_memory", lambda *a, **k: seen.append((len(a[0].step), real(*a, **k))) or seen[-1][1]
+    )
     monkeypatch.setattr(ensemble, "default_block_size", lambda model, platform: 2)
     data = Dataset(jr.normal(jr.key(1), (12, 2)), jnp.arange(12) % 2)
     plan = Plan(8, 4, 2, batch_size=4)
