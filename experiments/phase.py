@@ -262,6 +262,23 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    grids = {"amplitudes": config.amplitudes, "widths": config.widths, "learning-rates": config.learning_rates}
+    if config.experiment == "spiral" or ":" in config.periods:
+        grids["periods"] = config.periods
+    least = {"periods": "at least 2 updates", "learning-rates": "positive"}
+    for flag, text in grids.items():
+        if text is None:
+            continue
+        values = grid(text, flag)
+        if len(set(values)) < len(values):
+            raise UsageError(f"--{flag} takes different values, got {text}.")
+        low = {"periods": 2, "learning-rates": 1e-300}.get(flag, 1)
+        if not all(low <= value < math.inf for value in values):
+            raise UsageError(f"--{flag} must be {least.get(flag, 'at least 1')}, got {text}.")
+        if config.experiment == "cifar" and flag in ("widths", "learning-rates") and len(values) > 1:
+            raise UsageError(f"--experiment cifar takes one width and one learning rate, got --{flag} {text}.")
+    if config.experiment == "cifar" and config.loss != "cross-entropy":
+        raise UsageError(f"--loss is for the spiral; CIFAR-10 has the cross-entropy, got {config.loss}.")
 
 
 if __name__ == "__main__":

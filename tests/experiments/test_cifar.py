@@ -286,7 +286,8 @@ def results(run_directory) -> xr.Dataset:
 
 
 def test_every_file_is_there_and_says_digits(run_directory):
-    assert {path.name for path in run_directory.path.iterdir() if path.is_file()} == {f"digits_{name}" for name in FILES}
+    written = {path.name for path in run_directory.path.iterdir() if path.is_file()}
+    assert written == {f"digits_{name}" for name in FILES}
     for name in ("learning_curves", "class_weights"):
         with Image.open(run_directory.path / f"digits_{name}.png") as figure:
             assert figure.format == "PNG" and min(figure.size) > 300
