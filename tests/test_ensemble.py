@@ -231,6 +231,10 @@ losses = DynamicalLoss(OscillatingWeights(3, np.linspace(1, 9, 6), np.full(6, 5.
 data = train.Dataset(jr.normal(jr.key(1), (24, 8, 8, 3)), jnp.arange(24) % 3)
 states = ensemble.init(lambda key: Myrtle(4, num_classes=3, key=key), optimiser, jr.split(jr.key(0), 6))
 data = ensemble.replicate(data, states)
+shared = ensemble._shared(states, losses, optimiser, data, {"train": (data, True)}, None, num_steps=5, batch_size=8)
+program = ensemble._train_chunk.lower(shared, states).compile().compiled.as_text()
+words = ["all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"]
+assert "fusion" in program and not [word for word in words if word in program]  # nothing is communicated
 states, metrics, _, evaluated = ensemble.train_chunk(
     states, losses, optimiser, data, num_steps=5, batch_size=8, evaluations={"train": (data, True)}
 )
@@ -249,3 +253,22 @@ def test_members_spread_over_devices_equal_those_of_one_device():
     assert expected.shape == (6, 6)
     # To rounding: XLA may split a sum over as many threads as there are devices.
     np.testing.assert_allclose(output(4, 3), expected, rtol=1e-5)  # of four devices three divide six members
+
+
+def test_states_survive_the_way_to_the_host_and_back(getkey):
+    keys, data = jr.split(getkey(), 5), dataset(make_mlp, getkey())
+    states, _ = run(make_mlp, keys, data)
+    values = ensemble.gather(states)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(values))
+    again = ensemble.scatter(values, ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), 5)))
+    assert tree_allclose(ensemble.gather(again), values, rtol=0, atol=0)
+    assert jnp.all(jr.key_data(again.key) == jr.key_data(states.key))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5])
+def test_a_function_of_every_member_is_that_of_the_member(block_size, getkey):
+    keys, data, observe = jr.split(getkey(), 5), dataset(make_mlp, getkey()), Distance(jr.normal(getkey(), (4, 2)))
+    states = ensemble.init(make_mlp, OPTIMISER, keys)
+    found = ensemble.observe(states, losses(), data, observe, block_size=block_size)
+    for i in range(5):
+        assert tree_allclose(member(found[:2], i), observe(member(states, i), member(losses(), i), data)[:2])
