@@ -146,7 +146,7 @@ def test_eigenvalues_fit_a_cell(value, text):
 def test_accuracies_against_the_width(tmp_path):
     dataset = by_width(rates=(0.1, 1.0))
     figure = gain_by_width(dataset, tmp_path / "a.png")
-    rows = np.reshape(figure.axes, (2, 2))
+    rows = np.asarray(figure.axes, object).reshape(2, 2)
     parts = [dataset.isel(init=0, width=i, learning_rate=1) for i in range(3)]
     found = [statistics(part) for part in parts]
     cells = [best(each.sel(split="validation")) for each in found]
