@@ -20,8 +20,9 @@ from eqx_dynloss.train import Dataset
 
 from . import _results, _run
 from ._data import ImageData
+from ._plan import Members, Plan
+from ._record import History
 from ._run import UsageError
-from ._training import History, Members, Plan
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from ._results import PACKAGES, SPLITS, dataset_title, file_name, losses, settings
-from ._summary import CONFIDENCE, Condition, Estimate, Summary, _number, _plain, _spread, markdown_table
+from ._summary import CONFIDENCE, Condition, Estimate, Summary, markdown_table, number, plain, spread
 
 MOST_ROWS = 30  # of the table in the terminal
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.
@@ -46,7 +46,7 @@ class Run:
         cls, name: str, path: Path, dataset: xr.Dataset, summary: Summary, config: Mapping[str, Any] | None
     ) -> "Run":
         """`config` is what `config.json` says, None if there is none."""
-        recorded = {key: _plain(dataset.attrs[key]) for key in _ATTRIBUTES if key in dataset.attrs}
+        recorded = {key: plain(dataset.attrs[key]) for key in _ATTRIBUTES if key in dataset.attrs}
         chosen = {key: value for key, value in (config or {}).items() if key not in _WITHOUT_EFFECT}
         return cls(name, path, dataset, summary, chosen | recorded, config is not None)
 
@@ -236,9 +236,9 @@ def _points(difference: Estimate | Difference | None) -> str:
     if difference is None or difference.mean is None:
         return "–"
     low, high = difference.low, difference.high
-    interval = "–" if low is None or high is None else f"{_number(low, 100)} to {_number(high, 100)}"
+    interval = "–" if low is None or high is None else f"{number(low, 100)} to {number(high, 100)}"
     mean = round(difference.mean, 6) + 0.0  # not −0.00 for what is 0 but for rounding
-    return f"{_number(mean, 100, sign=True)} [{interval}]"
+    return f"{number(mean, 100, sign=True)} [{interval}]"
 
 
 def _paired(row: Row, split: str) -> str:
@@ -272,8 +272,8 @@ def differing_table(comparison: Comparison) -> Table:
     """What differs between the runs, for the terminal, in which the runs are numbered from 1."""
     table = Table(title="What differs", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("setting", no_wrap=True)
-    for number in range(1, len(comparison.runs) + 1):
-        table.add_column(f"run {number}", overflow="fold")
+    for i in range(1, len(comparison.runs) + 1):
+        table.add_column(f"run {i}", overflow="fold")
     for name, values in comparison.differing.items():
         table.add_row(name.replace("_", " "), *(_value(name, value) for value in values))
     return table
@@ -300,7 +300,7 @@ def console_table(comparison: Comparison) -> Table:
             *[str(numbers[row.run.name])] * several,
             *[row.condition.setting] * with_settings,
             *_lead(row),
-            *(_spread(row.accuracy(split), 100) for split in SPLITS),
+            *(spread(row.accuracy(split), 100) for split in SPLITS),
             _paired(row, "validation"),
             *[_versus(row, "validation", comparison)] * several,
             end_section=following is not None and following.run is not row.run,
@@ -327,7 +327,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
     table = []
     for row in comparison.rows:
         cells = [row.run.name, row.run.data, row.condition.setting, *_lead(row), str(len(row.condition.diverged))]
-        cells += [_spread(row.accuracy(split), 100) for split in SPLITS]
+        cells += [spread(row.accuracy(split), 100) for split in SPLITS]
         cells += [_paired(row, split) for split in SPLITS]
         table.append(cells + [_versus(row, split, comparison) for split in SPLITS])
     empty = {2} if not any(cells[2] for cells in table) else set()
@@ -359,7 +359,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
                 "dataset": run.dataset.attrs["dataset"],
                 "finished": run.summary.finished,
                 "evaluated_at": run.summary.evaluated_at,
-                "command": _plain(run.dataset.attrs.get("command")),
+                "command": plain(run.dataset.attrs.get("command")),
                 "settings": run.settings,
             }
             for run in comparison.runs

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy import stats
 
 from ._results import SPLITS, settings
-from ._summary import _SAME, CONFIDENCE, Condition, Estimate, _number, markdown_table, summarise
+from ._summary import CONFIDENCE, SAME, Condition, Estimate, markdown_table, number, summarise
 
 FALSE_DISCOVERIES = 0.05
 _COUNTS = ("n", "static_n", "seeds", "significant")
@@ -68,7 +68,7 @@ def _accuracy(metrics: Mapping[str, Mapping[str, Estimate]], split: str) -> Esti
 def _p_value(differences: Estimate) -> float:
     """Of the two-sided paired t-test. NaN, nothing established, for fewer than 2 seeds and for differences that are
     all the same but for rounding: a t-test takes their missing variance for certainty."""
-    if differences.mean is None or differences.std is None or differences.std < _SAME:
+    if differences.mean is None or differences.std is None or differences.std < SAME:
         return np.nan
     t = differences.mean / (differences.std / differences.n**0.5)
     return float(2 * stats.t.sf(abs(t), differences.n - 1))
@@ -188,12 +188,12 @@ def _trends(dataset: xr.Dataset) -> list[str]:
 def _spread(cell: xr.Dataset, prefix: str = "") -> str:
     """Mean ± std in per cent, as much of it as there is, and the number of seeds if some are missing."""
     mean, std, n = (cell[prefix + name].item() for name in ("mean", "std", "n"))
-    spread = f" ± {_number(std, 100, 1)}" if np.isfinite(std) else ""
-    return _number(mean, 100, 1) + spread + (f" ({n})" if n < cell.seeds else "") if n else "–"
+    spread = f" ± {number(std, 100, 1)}" if np.isfinite(std) else ""
+    return number(mean, 100, 1) + spread + (f" ({n})" if n < cell.seeds else "") if n else "–"
 
 
 def _points(*gain: float | None) -> str:
     """A mean difference with the ends of its 95 % interval, fractions in points, as much of it as there is."""
     mean, low, high = (np.nan if value is None else 100 * value for value in gain)
-    interval = f" [95 % CI {_number(low, 1, 1)} to {_number(high, 1, 1)}]" if np.isfinite(low) else ""
-    return _number(mean, 1, 1, sign=True) + interval if np.isfinite(mean) else "–"
+    interval = f" [95 % CI {number(low, 1, 1)} to {number(high, 1, 1)}]" if np.isfinite(low) else ""
+    return number(mean, 1, 1, sign=True) + interval if np.isfinite(mean) else "–"

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 from ._results import subject
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; neighbours differ in lightness too.
-_STYLES: tuple[tuple[str, Any, str], ...] = (
+STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#0072B2", (0, (5, 2)), "o"),
     ("#E69F00", (0, (6, 1.5, 1, 1.5)), "s"),
     ("#009E73", (0, (1.5, 1.2)), "^"),
@@ -25,7 +25,7 @@ _STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#D55E00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "v"),
     ("#56B4E9", (0, (1, 2.5)), "P"),
 )
-_STATIC: tuple[str, Any, str] = ("black", "solid", "X")
+STATIC: tuple[str, Any, str] = ("black", "solid", "X")
 _ROUNDING = 1e-6  # of float32 class weights, which are around 1
 _WINDOWS = 100  # the training loss is averaged over at most this many windows
 _BINS = 1500  # a class weight is drawn by its extremes in at most this many bins
@@ -38,11 +38,11 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
     Diverged members are left out and counted in the legend. Of more than six dynamical conditions, six are drawn,
     evenly spread over the grid rather than picked by their result. The figure is returned too.
     """
-    dynamical, note = _dynamical(dataset, len(_STYLES))
+    dynamical, note = _dynamical(dataset, len(STYLES))
     figure = Figure(figsize=(8.5, 7.8 + 0.22 * len(dynamical)), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     members = dataset.sizes["seed"]
-    for condition, style in zip([dataset.isel(amplitude=0, period=0), *dynamical], (_STATIC, *_STYLES), strict=False):
+    for condition, style in zip([dataset.isel(amplitude=0, period=0), *dynamical], (STATIC, *STYLES), strict=False):
         survivors = condition.isel(seed=condition.diverged_at.values < 0)
         if not survivors.sizes["seed"]:
             top.plot([], [], **_look(style, 1), label=f"{_name(condition)}: diverged for every seed")
@@ -145,7 +145,7 @@ def _look(style: tuple[str, Any, str], points: int) -> dict[str, Any]:
         "linewidth": 1.8,
         "marker": marker,
         "markersize": 5,
-        "markevery": (every * (_STATIC, *_STYLES).index(style) // 7, every),
+        "markevery": (every * (STATIC, *STYLES).index(style) // 7, every),
     }
 
 
@@ -183,7 +183,7 @@ def _lines(axes: Axes, weights: np.ndarray) -> None:
 
     Six colours and five line styles give 30 distinct pairs.
     """
-    styles = (_STATIC, *_STYLES[:5])
+    styles = (STATIC, *STYLES[:5])
     for i, series in enumerate(weights.T, start=1):
         steps, thinned = extremes(series)
         active = np.where(thinned >= 1 - _ROUNDING, thinned, np.nan)

@@ -1,36 +1,19 @@
-"""What the experiment commands share: exit codes, devices and hosts, and the directory of a run that can be resumed."""
+"""What the experiment commands share: exit codes, devices and hosts, the length of chunks, and times in words."""
 
 import contextlib
-import dataclasses
-import datetime
-import json
 import math
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import jax
 import numpy as np
-import tyro
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ._data import DataError
-from ._results import STAND_INS, file_name
 
-_Config = TypeVar("_Config")
-_FREE = {
-    "resume",
-    "out",
-    "checkpoint_every",
-    "data_dir",
-    "distributed",
-    "show_seed",
-}  # may differ when a run is resumed
-Resume = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a new run)")]
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
 
@@ -62,6 +45,21 @@ def use_all_cores() -> None:
             jax.config.update("jax_num_cpu_devices", cores)
 
 
+def keep_compiled_programs() -> None:
+    """Keeps what JAX compiles on disk, so that the second start of a command compiles nothing.
+
+    In `eqx_dynloss` of the user's cache directory, unless JAX was given another (JAX_COMPILATION_CACHE_DIR).
+    """
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eqx_dynloss"
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or a read-only one: then without
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def start_jax(distributed: bool) -> None:
     """Settles the devices, before JAX is used: all cores of this machine, and with `distributed` those of all hosts.
 
@@ -69,6 +67,7 @@ def start_jax(distributed: bool) -> None:
     environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     use_all_cores()
+    keep_compiled_programs()
     if not distributed:
         return
     number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
@@ -82,129 +81,6 @@ def start_jax(distributed: bool) -> None:
             "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error
     console.quiet = jax.process_index() > 0  # one host speaks for all
-
-
-def parse(config: type[_Config], arguments: list[str], module: str, description: str | None = None) -> _Config:
-    """The command line as a config. With `--resume DIR` the config of that run, which no other flag may change."""
-    prog, description = f"python -m experiments.{module}", description or config.__doc__
-    parsed: Any = tyro.cli(config, args=arguments, prog=prog, description=description)
-    if math.isnan(parsed.checkpoint_every) or parsed.checkpoint_every < 0:
-        raise UsageError(f"--checkpoint-every takes a number of minutes, 0 or more, got {parsed.checkpoint_every}.")
-    if parsed.resume is None:
-        return parsed
-    if parsed.out is not None and parsed.out != parsed.resume:
-        raise UsageError(f"a run that is resumed goes on in its own directory, {parsed.resume}: leave --out out.")
-    stored = _stored(config, parsed.resume)
-    resumed: Any = tyro.cli(config, args=arguments, prog=prog, description=description, default=stored)
-    names = [field.name for field in dataclasses.fields(resumed) if field.name not in _FREE]
-    differences = [
-        f"--{name.replace('_', '-')} {_words(getattr(stored, name))}, not {_words(getattr(resumed, name))}"
-        for name in names
-        if getattr(stored, name) != getattr(resumed, name)
-    ]
-    if differences:
-        raise UsageError(
-            f"the run in {parsed.resume} was started with {'; '.join(differences)}: leave that out to resume it, or "
-            "start another run."
-        )
-    return resumed
-
-
-def _stored(config: type[_Config], directory: Path) -> _Config:
-    """The config that a run was started with, from its `config.json`."""
-    paths = [directory / file_name(name, "config.json") for name in ("", *STAND_INS)]
-    found = [path for path in paths if path.exists()]
-    if not found:
-        raise UsageError(f"{directory} holds no run that could be resumed: there is no config.json in it.")
-    try:
-        values = json.loads(found[0].read_text(encoding="utf-8"))
-        hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-        # JSON knows neither tuples nor paths.
-        fields = {
-            name: tuple(value) if isinstance(value, list) else Path(value) if value and "Path" in hint else value
-            for name, hint in hints.items()
-            for value in [values[name]]
-        }
-        return config(**fields | {"resume": directory, "out": None, "distributed": False})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."
-        ) from error
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def directory_of(config: Any, label: str, dataset: str, settings: Mapping[str, Any]) -> Path:
-    """The directory of a run: a new one with its `config.json`, or that of the run that is resumed.
-
-    Raises a `UsageError` if it cannot be written to. With several hosts the first one makes it, for all.
-    """
-    path = config.resume
-    if jax.process_index() == 0:
-        if path is None:
-            path = new_directory(config.out, label, dataset, settings)
-        else:
-            try:
-                probe = path / ".writable"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise UsageError(
-                    f"cannot write to {path} ({error.strerror}): make it writable, or copy it to where it is."
-                ) from error
-    if jax.process_count() > 1:
-        name = np.frombuffer(os.fsencode(path or "").ljust(4096, b"\0"), np.uint8)
-        path = Path(os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0")))
-    return path
-
-
-def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
-    """Makes the directory of a run, `results/LABEL-TIME` if none is given, and writes its `config.json`.
-
-    Raises a `UsageError` if it cannot be written to, or holds a run already.
-    """
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = out or Path("results") / f"{label}-{stamp}"
-    try:
-        refuse_used(path)
-        path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(config), indent=2, default=str)
-        (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write to {path} ({error.strerror}): pass another directory with --out.") from error
-    return path
-
-
-@contextlib.contextmanager
-def writing(directory: Path, module: str) -> Iterator[None]:
-    """Turns what goes wrong when results are written, such as a full disk, into a sentence that says how to go on."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UsageError(
-            f"cannot write the results to {directory} ({reason}): make room, then go on with\n"
-            f"  {resume_command(directory, module)}"
-        ) from error
-
-
-def resume_command(directory: Path, module: str) -> str:
-    """What to type to go on with an interrupted run."""
-    return shlex.join(["python", "-m", f"experiments.{module}", "--resume", str(directory)])
-
-
-def refuse_used(out: Path | None) -> None:
-    """Raises a `UsageError` if the directory holds more than the configuration of a run that never started."""
-    if jax.process_index():
-        return
-    try:
-        used = out is not None and out.is_dir() and any(not p.name.endswith("config.json") for p in out.iterdir())
-    except OSError as error:
-        raise UsageError(f"cannot read {out} ({error.strerror}): pass another directory with --out.") from error
-    if used:
-        raise UsageError(f"{out} is not empty: pass a new directory with --out, so that no results are lost.")
 
 
 def chunk_length(num_steps: int, target: float) -> int:

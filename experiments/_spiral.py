@@ -18,8 +18,9 @@ from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
 
 from . import _results, _run
+from ._plan import Members
+from ._record import History
 from ._run import console
-from ._training import History, Members
 
 CLASSES = ("class 0", "class 1", "class 2")
 NTK_POINTS = 50  # the kernel is that of the first 50 training points, as in the paper's figure

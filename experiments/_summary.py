@@ -20,7 +20,7 @@ from scipy import stats
 from ._results import PACKAGES, file_name, losses, settings, subject
 
 CONFIDENCE = 0.95
-_SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
+SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def _evidence(condition: Condition) -> str:
     difference = condition.differences.get("validation", {}).get("accuracy")
     if difference is None or difference.mean is None:
         return f"{lead}: no seed was evaluated under both losses, so there is nothing to compare."
-    lead += f" = {_number(difference.mean, 100, sign=True)} points"
+    lead += f" = {number(difference.mean, 100, sign=True)} points"
     if difference.std is None or difference.low is None or difference.high is None:
         return f"{lead} (1 seed): one seed has no interval, so no difference is established."
     lead += f" (95 % CI {_interval(difference, 100)}, {difference.n} seeds)"
-    if difference.std < _SAME:
+    if difference.std < SAME:
         return f"{lead}: all seeds differ by the same amount, too few distinct values to establish a difference."
     if difference.low > 0:
         return f"{lead}: higher with the dynamical loss."
@@ -195,29 +195,29 @@ def _notes(n_dynamical: int) -> list[str]:
     return notes
 
 
-def _number(value: float, scale: float = 1, digits: int = 2, sign: bool = False) -> str:
+def number(value: float, scale: float = 1, digits: int = 2, sign: bool = False) -> str:
     return f"{value * scale:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def _interval(estimate: Estimate, scale: float = 1, digits: int = 2) -> str:
     if estimate.low is None or estimate.high is None:
         return "–"
-    return f"{_number(estimate.low, scale, digits)} to {_number(estimate.high, scale, digits)}"
+    return f"{number(estimate.low, scale, digits)} to {number(estimate.high, scale, digits)}"
 
 
-def _spread(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
+def spread(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
     """Mean ± std, or as much of it as there is."""
     if estimate is None or estimate.mean is None:
         return "–"
-    std = "–" if estimate.std is None else _number(estimate.std, scale, digits)
-    return f"{_number(estimate.mean, scale, digits)} ± {std}"
+    std = "–" if estimate.std is None else number(estimate.std, scale, digits)
+    return f"{number(estimate.mean, scale, digits)} ± {std}"
 
 
 def _difference(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
     """Mean and confidence interval, or as much of it as there is."""
     if estimate is None or estimate.mean is None:
         return "–"
-    return f"{_number(estimate.mean, scale, digits, sign=True)} [{_interval(estimate, scale, digits)}]"
+    return f"{number(estimate.mean, scale, digits, sign=True)} [{_interval(estimate, scale, digits)}]"
 
 
 _COLUMNS = (
@@ -234,7 +234,7 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
     for c in summary.conditions:
         lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
         lead = [c.setting, *lead] if c.setting else lead
-        cells = [_spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
+        cells = [spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
         outcomes.append([*lead, f"{c.seeds - len(c.diverged)}/{c.seeds}", str(len(c.diverged)), *cells])
         if c.period is not None:
             pairs = {m: e for metrics in c.differences.values() for m, e in metrics.items()}
@@ -268,7 +268,7 @@ def markdown_table(headers: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """An attribute as JSON can hold it: no NumPy types, None for NaN."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
@@ -299,7 +299,7 @@ def write_summary(
         lines += markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
     lines += ["", *more] if more else []
     lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
-    attrs = {key: _plain(value) for key, value in dataset.attrs.items()}
+    attrs = {key: plain(value) for key, value in dataset.attrs.items()}
     for key in ("command", "device", "python", *PACKAGES, "platform", "git_commit"):
         if key in attrs:
             lines.append(f"- {key.replace('_', ' ')}: `{attrs[key]}`")

@@ -6,7 +6,6 @@ compiled program, and reports the paired differences.
 
 import dataclasses
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import tyro
 import xarray as xr
 
-from . import _data, _plots, _results, _run, _signals, _summary
+from . import _data, _directory, _plots, _results, _run, _summary
 from ._cifar import PRESETS, Preset, Task, as_many_steps, parse_period
+from ._directory import Run
 from ._run import UsageError, console
 from ._training import train
 
@@ -68,35 +68,25 @@ class Config:
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"),
     ] = None
     """The tensorflow-datasets directory. CIFAR-10 is prepared there if it is not yet."""
-    out: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: results/cifar-DATASET-TIME)")
-    ] = None
-    """A new or empty directory for the results."""
-    resume: _run.Resume = None
-    """The directory of an interrupted run, to go on with. Needs no other flags; they are in its config.json."""
-    checkpoint_every: float = 5.0
-    """Minutes from one checkpoint to the next."""
-    distributed: bool = False
-    """Train on several hosts together, each of which runs this command under a scheduler that JAX knows."""
     preset: Annotated[
         Literal["paper", "quick"] | None,
         tyro.conf.arg(metavar="{paper,quick}", help_behavior_hint="(default: quick on a CPU, else paper)"),
     ] = None
     """paper is the paper's protocol in full; quick takes about two minutes for eight seeds on two CPU cores."""
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
 
 
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
     description = f"{Config.__doc__}\n\n" + "\n".join(_flags(name, preset) for name, preset in PRESETS.items())
-    config = _run.parse(Config, arguments, "cifar", description)
-    _run.start_jax(config.distributed)
+    config = _directory.parse(Config, arguments, "cifar", description)
+    _run.start_jax(config.run.distributed)
     on_cpu = jax.devices()[0].platform == "cpu"
     name = config.preset or ("quick" if on_cpu else "paper")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Preset)}
     preset = dataclasses.replace(PRESETS[name], **{k: v for k, v in given.items() if v is not None})
     _check(config, preset)
-    _run.refuse_used(config.out)
 
     images = _data.load(config.dataset, config.data_dir, report=_report)
     if config.epochs is None:
@@ -105,43 +95,33 @@ def main(arguments: list[str] | None = None) -> bool:
     settings = (
         dataclasses.asdict(config) | dataclasses.asdict(preset) | task.sizes | {"dataset": images.name, "preset": name}
     )
-    directory = _run.directory_of(config, f"cifar-{images.name}", images.name, settings)
+    directory = _directory.directory_of(config.run, f"cifar-{images.name}", images.name, settings)
     reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"
     console.print(
         f"{_run.devices()} | {len(task.members)} members = {config.seeds} seeds x "
         f"{len(task.schedules.amplitude)} losses | {task.work} | preset {name} ({reason}) | "
         f"{_run.announced(task.cpu_seconds)}"
     )
-    with _signals.saving_first(console.print):
+
+    def trained() -> xr.Dataset:
         history = train(
             task.members,
             task.train_data,
             task.splits,
             task.plan,
             checkpoint=directory / "checkpoint",
-            checkpoint_minutes=config.checkpoint_every,
+            checkpoint_minutes=config.run.checkpoint_every,
         )
-        if jax.process_index() == 0:
-            steps = jnp.arange(history.steps_done)
-            results = _results.assemble(
-                **task.axes,
-                **history.arrays(),
-                class_weights=jax.vmap(lambda schedule: jax.vmap(schedule)(steps))(task.schedules),
-                attrs=_results.provenance()
-                | task.attrs(history)
-                | {"command": shlex.join(["python", "-m", "experiments.cifar", *arguments])},
-            )
-            with _run.writing(directory, "cifar"):
-                report(results, directory)
-    if not history.finished:
-        console.print(f"Interrupted. To go on: {_run.resume_command(directory, 'cifar')}")
-    return history.finished
+        steps = jnp.arange(history.steps_done)
+        weights = jax.vmap(lambda schedule: jax.vmap(schedule)(steps))(task.schedules)
+        return _results.assemble(**task.axes, **history.arrays(), class_weights=weights, attrs=task.attrs(history))
+
+    return _directory.conclude("cifar", arguments, directory, trained, report)
 
 
 def report(results: xr.Dataset, directory: Path) -> None:
-    """Writes everything that a run leaves behind, and prints the table."""
+    """Writes what is to be read and looked at, and prints the table."""
     path = lambda name: directory / _results.file_name(results.attrs["dataset"], name)
-    _results.save(results, path("results.nc"))
     summary = _summary.summarise(results)
     _summary.write_summary(summary, results, directory)
     _plots.learning_curves(results, path("learning_curves.png"))

@@ -15,14 +15,14 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import _results, _run, _summary
+from . import _directory, _results, _run, _summary
 from ._comparison import Comparison, Row, Run, compare, console_table, count, differing_table, select, write
-from ._plots import _STATIC, _STYLES, grid
+from ._plots import STATIC, STYLES, grid
 from ._run import UsageError, console
 
 MOST_DRAWN = 40  # rows of the figure
 MOST_CURVES = 8
-_DASHES = ("solid", *(dashes for _, dashes, _ in _STYLES), (0, (12, 2, 3, 2)))
+_DASHES = ("solid", *(dashes for _, dashes, _ in STYLES), (0, (12, 2, 3, 2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns True: there is nothing to interrupt."""
     arguments = sys.argv[1:] if arguments is None else arguments
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.compare", description=Config.__doc__)
-    _run.refuse_used(config.out)
+    _directory.refuse_used(config.out)
     comparison = compare(load(config.runs))
     runs = comparison.runs
     stand_in = next((d for run in runs if (d := run.dataset.attrs["dataset"]) in _results.STAND_INS), "")
-    directory = _run.new_directory(config.out, "compare", stand_in, dataclasses.asdict(config))
+    directory = _directory.new_directory(config.out, "compare", stand_in, dataclasses.asdict(config))
     path = lambda name: directory / _results.file_name(stand_in, name)
 
     console.print(f"{count(len(runs), 'run')}, {count(len(comparison.rows), 'row')} | {comparison.data}")
@@ -265,9 +265,9 @@ def draw_curves(comparison: Comparison, path: str | os.PathLike[str]) -> Figure:
 def _styles(rows: Sequence[Row]) -> dict[tuple[float, float | None], tuple[str, str]]:
     """Colour and marker of every loss, the same in all runs; up to 36 dynamical losses differ."""
     dynamical = dict.fromkeys(row.loss for row in rows if row.condition.period is not None)
-    n = len(_STYLES)
-    styles = {loss: (_STYLES[i % n][0], _STYLES[(i + i // n) % n][2]) for i, loss in enumerate(dynamical)}
-    return styles | {(1.0, None): (_STATIC[0], _STATIC[2])}
+    n = len(STYLES)
+    styles = {loss: (STYLES[i % n][0], STYLES[(i + i // n) % n][2]) for i, loss in enumerate(dynamical)}
+    return styles | {(1.0, None): (STATIC[0], STATIC[2])}
 
 
 def _heading(run: Run, comparison: Comparison) -> list[str]:

@@ -5,8 +5,8 @@ Every (A, T, seed) is a member of one ensemble: the whole diagram is one compile
 
 import dataclasses
 import math
-import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,10 +17,12 @@ import xarray as xr
 
 from eqx_dynloss import landscape
 
-from . import _cifar, _data, _phase_plots, _phase_statistics, _results, _run, _signals, _spiral, _summary, _training
+from . import _cifar, _data, _directory, _phase_plots, _phase_statistics, _results, _run, _spiral, _summary, _training
+from ._directory import Run
+from ._plan import Plan
+from ._record import History
 from ._run import UsageError, console
 from ._spiral import Init, LossName
-from ._training import History, Plan
 
 _CURVATURE_IMAGES = 500  # of CIFAR-10's training set, for the Hessian
 
@@ -73,53 +75,33 @@ class Config:
     """How often the validation set is evaluated during training."""
     wave: Annotated[int | None, _default("INT", "all members, or as many as fit into memory")] = None
     """Members that are trained at a time."""
-    out: Annotated[Path | None, _default("PATH", "results/phase-EXPERIMENT-TIME")] = None
-    """A new or empty directory for the results."""
-    resume: _run.Resume = None
-    """The directory of an interrupted run, to go on with. Needs no other flags; they are in its config.json."""
-    checkpoint_every: float = 5.0
-    """Minutes from one checkpoint to the next."""
-    distributed: bool = False
-    """Train on several hosts together, each of which runs this command under a scheduler that JAX knows."""
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
 
 
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = _run.parse(Config, arguments, "phase")
+    config = _directory.parse(Config, arguments, "phase")
     _check(config)
-    _run.start_jax(config.distributed)
-    _run.refuse_used(config.out)
-    with _signals.saving_first(console.print):
-        if config.experiment == "spiral":
-            directory = _run.directory_of(config, "phase-spiral", "spiral", dataclasses.asdict(config))
-            with jax.enable_x64(True):
-                results = spiral_diagrams(config, directory)
-        else:
-            results, directory = cifar_diagram(config)
-        finished = results.attrs["finished"] == "true"
-        if jax.process_index() == 0:
-            command = shlex.join(["python", "-m", "experiments.phase", *arguments])
-            results.attrs |= _results.provenance() | {"command": command}
-            with _run.writing(directory, "phase"):
-                report(results, directory)
-    if not finished:
-        console.print(f"Interrupted. To go on: {_run.resume_command(directory, 'phase')}")
-    return finished
+    _run.start_jax(config.run.distributed)
+    make = spiral_diagrams if config.experiment == "spiral" else cifar_diagram
+    directory, trained = make(config)
+    return _directory.conclude("phase", arguments, directory, trained, report)
 
 
-def spiral_diagrams(config: Config, directory: Path) -> xr.Dataset:
-    """A diagram for every width and learning rate; those of a width are one program."""
+def spiral_diagrams(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
+    """The directory of the run, and what trains a diagram for every width and learning rate: a program for a width."""
+    directory = _directory.directory_of(config.run, "phase-spiral", "spiral", dataclasses.asdict(config))
     amplitudes, periods = grid(config.amplitudes, "amplitudes"), whole(grid(config.periods, "periods"))
     widths = [int(width) for width in whole(grid(config.widths or "100", "widths"))]
     rates = grid(config.learning_rates or "1", "learning-rates")
     updates = config.updates or 70_000
-    schedules = _spiral.make_schedules(amplitudes, periods, updates)
-    members = config.seeds * len(schedules.amplitude) * len(rates)
+    losses = len(_results.conditions(amplitudes, periods))
+    members = config.seeds * losses * len(rates)
     pace = [_spiral.cpu_seconds_per_update(width, 0) * members for width in widths]
     _announce(
         config,
-        len(schedules.amplitude),
+        losses,
         members * len(widths),
         f"{updates:,} updates | the spiral",
         sum(pace) * updates,
@@ -128,7 +110,9 @@ def spiral_diagrams(config: Config, directory: Path) -> xr.Dataset:
     def train_network(init: Init, width: int) -> tuple[xr.Dataset, History]:
         target = 5 / (_spiral.cpu_seconds_per_update(width, 0) * members)
         history = _training.train(
-            _spiral.make_members(init, width, schedules, config.seeds, rates, config.loss),
+            _spiral.make_members(
+                init, width, _spiral.make_schedules(amplitudes, periods, updates), config.seeds, rates, config.loss
+            ),
             _spiral.spiral(0),
             {"train": _spiral.spiral(0), "validation": _spiral.spiral(1)},
             Plan(
@@ -139,18 +123,22 @@ def spiral_diagrams(config: Config, directory: Path) -> xr.Dataset:
                 keep_steps=False,
             ),
             checkpoint=directory / "checkpoint" / f"width-{width}",
-            checkpoint_minutes=config.checkpoint_every,
+            checkpoint_minutes=config.run.checkpoint_every,
             wave=config.wave,
         )
         axes = {"amplitudes": amplitudes, "periods": periods, "seeds": range(config.seeds)}
         return _spiral.labelled(history, axes, rates, *_at_end(history, updates)), history
 
-    results = _spiral.train_networks([(config.init, width) for width in widths], train_network)
-    return results.assign_attrs(loss_function=config.loss, steps_planned=updates * len(widths))
+    def trained() -> xr.Dataset:
+        with jax.enable_x64(True):
+            results = _spiral.train_networks([(config.init, width) for width in widths], train_network)
+        return results.assign_attrs(loss_function=config.loss, steps_planned=updates * len(widths))
+
+    return directory, trained
 
 
-def cifar_diagram(config: Config) -> tuple[xr.Dataset, Path]:
-    """The diagram of Myrtle5 on CIFAR-10, or on the data set that stands in for it; and the directory of the run."""
+def cifar_diagram(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
+    """The directory of the run, and what trains the diagram of Myrtle5 on CIFAR-10, or on what stands in for it."""
     periods = (
         [f"{T:g}" for T in whole(grid(config.periods, "periods"))]
         if ":" in config.periods
@@ -168,22 +156,25 @@ def cifar_diagram(config: Config) -> tuple[xr.Dataset, Path]:
         preset = _cifar.as_many_steps(preset, images)
     task = _cifar.Task.of(preset, images, config.seeds)
     settings = dataclasses.asdict(config) | task.sizes | {"dataset": images.name, "epochs": preset.epochs}
-    directory = _run.directory_of(config, f"phase-{images.name}", images.name, settings)
+    directory = _directory.directory_of(config.run, f"phase-{images.name}", images.name, settings)
     _announce(config, len(task.schedules.amplitude), len(task.members), task.work, task.cpu_seconds)
-    history = _training.train(
-        task.members,
-        task.train_data,
-        task.splits,
-        dataclasses.replace(task.plan, observe_end=largest_eigenvalue, keep_steps=False),
-        checkpoint=directory / "checkpoint",
-        checkpoint_minutes=config.checkpoint_every,
-        wave=config.wave,
-    )
-    steps, seen = _at_end(history, task.plan.num_steps)
-    results = _results.assemble(
-        **task.axes, **history.arrays(), observation_steps=steps, observations=seen, attrs=task.attrs(history)
-    )
-    return results, directory
+
+    def trained() -> xr.Dataset:
+        history = _training.train(
+            task.members,
+            task.train_data,
+            task.splits,
+            dataclasses.replace(task.plan, observe_end=largest_eigenvalue, keep_steps=False),
+            checkpoint=directory / "checkpoint",
+            checkpoint_minutes=config.run.checkpoint_every,
+            wave=config.wave,
+        )
+        steps, seen = _at_end(history, task.plan.num_steps)
+        return _results.assemble(
+            **task.axes, **history.arrays(), observation_steps=steps, observations=seen, attrs=task.attrs(history)
+        )
+
+    return directory, trained
 
 
 def largest_eigenvalue(state, loss, data) -> dict[str, jax.Array]:
@@ -240,8 +231,7 @@ def _announce(config: Config, losses: int, members: int, work: str, cpu_seconds:
 
 
 def report(results: xr.Dataset, directory: Path) -> None:
-    """Writes everything that a run leaves behind, and prints what it says."""
-    _results.save(results, directory / _results.file_name(results.attrs["dataset"], "results.nc"))
+    """Writes what is to be read and looked at, and prints what it says."""
     summary = _summary.summarise(results)
     statistics = _phase_statistics.report(results)
     _summary.write_summary(summary, results, directory, statistics)

@@ -5,8 +5,8 @@ Hessian and the neural tangent kernel: the paper's Figure 4 with error bars.
 """
 
 import dataclasses
+import functools as ft
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,10 @@ import numpy as np
 import tyro
 import xarray as xr
 
-from . import _bifurcation, _dynamics_plots, _results, _run, _signals, _static_plots, _summary, _training
+from . import _bifurcation, _directory, _dynamics_plots, _results, _run, _static_plots, _summary, _training
+from ._directory import Run
+from ._plan import Plan
+from ._record import History
 from ._run import UsageError, console
 from ._spiral import (
     Init,
@@ -30,7 +33,6 @@ from ._spiral import (
     spiral,
     train_networks,
 )
-from ._training import History, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +69,23 @@ class Config:
     """Follow the Hessian and the neural tangent kernel every so many updates, a divisor of all; 0 for not at all."""
     show_seed: int = 0
     """The seed whose trajectory is drawn in full."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: results/spiral-TIME)")] = (
-        None
-    )
-    """A new or empty directory for the results."""
-    resume: _run.Resume = None
-    """The directory of an interrupted run, to go on with. Needs no other flags; they are in its config.json."""
-    checkpoint_every: float = 5.0
-    """Minutes from one checkpoint to the next."""
-    distributed: bool = False
-    """Train on several hosts together, each of which runs this command under a scheduler that JAX knows."""
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
 
 
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config = _run.parse(Config, arguments, "spiral")
+    config = _directory.parse(Config, arguments, "spiral")
     _check(config)
-    _run.start_jax(config.distributed)
-    _run.refuse_used(config.out)
-    directory = _run.directory_of(config, "spiral", "spiral", dataclasses.asdict(config))
-    attrs = {"command": shlex.join(["python", "-m", "experiments.spiral", *arguments])}
-    with _signals.saving_first(console.print):
+    _run.start_jax(config.run.distributed)
+    directory = _directory.directory_of(config.run, "spiral", "spiral", dataclasses.asdict(config))
+
+    def trained() -> xr.Dataset:
         with jax.enable_x64(True):
-            results = train(config, directory)
-        finished = results.attrs["finished"] == "true"
-        if jax.process_index() == 0:
-            results.attrs |= _results.provenance() | attrs
-            with _run.writing(directory, "spiral"):
-                _results.save(results, directory / "results.nc")
-                report(results, directory, config.show_seed)
-    if not finished:
-        console.print(f"Interrupted. To go on: {_run.resume_command(directory, 'spiral')}")
-    return finished
+            return train(config, directory)
+
+    reported = ft.partial(report, show_seed=config.show_seed)
+    return _directory.conclude("spiral", arguments, directory, trained, reported)
 
 
 def train(config: Config, directory: Path) -> xr.Dataset:
@@ -131,7 +117,7 @@ def train(config: Config, directory: Path) -> xr.Dataset:
                 observe_every=every,
             ),
             checkpoint=directory / "checkpoint" / f"{init}-{width}",
-            checkpoint_minutes=config.checkpoint_every,
+            checkpoint_minutes=config.run.checkpoint_every,
         )
         weights = jax.vmap(lambda schedule: jax.vmap(schedule)(jnp.arange(history.steps_done)))(schedules)
         labels = {"amplitudes": config.amplitude, "periods": config.period, "seeds": range(config.seeds)}

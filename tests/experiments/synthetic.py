@@ -1,9 +1,11 @@
-"""Results that look like those of a run, made without training anything."""
+"""Results that look like those of a run, made without training anything; and runs of commands within a test."""
 
 import numpy as np
+import pytest
 import xarray as xr
 
 from eqx_dynloss import ensemble
+from experiments import _run
 from experiments._results import assemble, conditions
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -77,3 +79,11 @@ def interrupt_after(chunks, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(ensemble, "train_chunk", train_chunk)
+
+
+def run_command(main, *arguments) -> int:
+    """Runs a command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        _run.run(lambda: main([str(argument) for argument in arguments]))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code

@@ -1,6 +1,7 @@
 """The CIFAR-10 command, on scikit-learn's digits with tiny networks, and from Ctrl-C to a full directory."""
 
 import dataclasses
+import functools as ft
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ from experiments._cifar import PRESETS, Standardise, datasets, flops_per_image, 
 from experiments._data import ImageData
 from experiments._run import UsageError
 
-from .synthetic import class_weights, interrupt_after
+from .synthetic import class_weights, interrupt_after, run_command
 
 ROOT = Path(__file__).parents[2]
 # Seven updates on digits with a network of two channels
@@ -33,9 +34,12 @@ TINY = [*"--dataset digits --width 2 --epochs 1 --batch-size 16 --train-examples
 FILES = {"results.nc", "summary.md", "summary.json", "config.json", "learning_curves.png", "class_weights.png"}
 
 
+command = ft.partial(run_command, cifar.main)
+
+
 @pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    """Keeps every test away from the user's directories and from the network, and the number of devices as it is."""
+def isolated(tmp_path, monkeypatch, sandbox):
+    """Keeps every test away from the user's directories and from the network."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -43,7 +47,6 @@ def sandbox(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("urllib.request._opener", None)  # where urllib keeps the proxies it saw first
     monkeypatch.setattr(_prepare, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")  # nothing listens there
-    monkeypatch.setattr(_run, "use_all_cores", lambda: None)
 
 
 @pytest.fixture
@@ -60,14 +63,6 @@ def linear(monkeypatch):
             return self.layer(x[::2, ::2].reshape(-1))
 
     monkeypatch.setattr(_cifar, "Myrtle", Linear)
-
-
-def command(*arguments) -> int:
-    """Runs the command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        _run.run(lambda: cifar.main([str(argument) for argument in arguments]))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 # Periods

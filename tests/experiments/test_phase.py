@@ -1,30 +1,23 @@
 """The phase command, in diagrams of a few cells: what it leaves behind, and what it refuses."""
 
+import functools as ft
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import _results, _run, phase
+from experiments import _results, phase
 from experiments._run import UsageError
+
+from .synthetic import run_command
 
 TINY = "--amplitudes 1,5,70 --periods 10,20 --seeds 2 --widths 4 --updates 40 --evaluations 4".split()
 FILES = {"results.nc", "summary.md", "summary.json", "config.json", "phase.png", "curvature.png"}
 
 
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_run, "use_all_cores", lambda: None)
-
-
-def command(*arguments) -> int:
-    """Runs the command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        _run.run(lambda: phase.main([str(argument) for argument in arguments]))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+pytestmark = pytest.mark.usefixtures("sandbox")
+command = ft.partial(run_command, phase.main)
 
 
 @pytest.mark.parametrize("text, values", [

@@ -1,5 +1,6 @@
 """The spiral command, in runs of a few updates: what it leaves behind, and what it refuses."""
 
+import functools as ft
 import json
 import signal
 
@@ -11,25 +12,15 @@ import xarray as xr
 
 from experiments import _dynamics_plots, _results, _run, _spiral, spiral
 
-from .synthetic import interrupt_after
+from .synthetic import interrupt_after, run_command
 
 TINY = "--seeds 2 --width 4 --updates 40 --period 10 --curvature 5".split()
 FILES = {"results.nc", "summary.md", "summary.json", "config.json"}
 FIGURES = {"dynamics.png", "dynamics_over_seeds.png", "accuracy.png", "bifurcation.png"}
 
 
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_run, "use_all_cores", lambda: None)
-
-
-def command(*arguments) -> int:
-    """Runs the command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        _run.run(lambda: spiral.main([str(argument) for argument in arguments]))
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
+pytestmark = pytest.mark.usefixtures("sandbox")
+command = ft.partial(run_command, spiral.main)
 
 
 @pytest.fixture(scope="module")

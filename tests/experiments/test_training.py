@@ -15,9 +15,9 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
-from experiments import _training
+from experiments import _training, _waves
+from experiments._plan import Members, Plan
 from experiments._run import UsageError
-from experiments._training import Members, Plan
 
 from .synthetic import interrupt_after
 
@@ -279,15 +279,15 @@ def test_a_wave_is_what_the_compiler_says_there_is_memory_for(monkeypatch):
     monkeypatch.setattr(ensemble, "default_block_size", lambda model, platform: 2)
     data = Dataset(jr.normal(jr.key(1), (12, 2)), jnp.arange(12) % 2)
     plan = Plan(8, 4, 2, batch_size=4)
-    fitting = lambda: _training._fitting_wave(who, data, {"validation": data}, plan)
-    monkeypatch.setattr(_training, "_free_memory", lambda: 1e12)
+    fitting = lambda: _waves.fitting_wave(who, data, {"validation": data}, plan)
+    monkeypatch.setattr(_waves, "_free_memory", lambda: 1e12)
     assert fitting() == 60 and not seen  # the states alone are nothing beside that
-    monkeypatch.setattr(_training, "_free_memory", lambda: 0.0)
+    monkeypatch.setattr(_waves, "_free_memory", lambda: 0.0)
     assert fitting() == 1
     (small, low), (large, high) = seen
     assert (small, large) == (2, 4) and high > low
     per_member = (high - low) / 2
-    monkeypatch.setattr(_training, "_free_memory", lambda: low + 4.5 * per_member)  # six members and a half
+    monkeypatch.setattr(_waves, "_free_memory", lambda: low + 4.5 * per_member)  # six members and a half
     assert fitting() == 6
     states = who.take(np.arange(6)).init()
     placed = ensemble.replicate(data, states)
