@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments import _dynamics_plots, _results, _run, _spiral, spiral
+from experiments import _dynamics_plots, _results, _run, _spiral, _static_plots, spiral
 
 from .synthetic import interrupt_after, run_command
 
@@ -33,6 +33,13 @@ def finished(tmp_path_factory):
         patch.setattr(_dynamics_plots, "_MOST", 1)
         assert command(*TINY, *several, "--out", out) == 0
     return out
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """For tests of the training: drawing takes longer."""
+    monkeypatch.setattr(_dynamics_plots, "write", lambda *arguments: [])
+    monkeypatch.setattr(_static_plots, "static_curves", lambda *arguments: None)
 
 
 def results_of(directory):
@@ -124,17 +131,16 @@ def test_without_curvature_and_without_a_dynamical_loss(tmp_path):
 
 
 @pytest.mark.parametrize("chunks", [1, 5])
-def test_an_interrupted_run_keeps_what_it_has(chunks, tmp_path, capsys, monkeypatch):
-    """Chunks are of one update, or 5 if they are observed: the second network begins with the ninth chunk of those."""
+def test_an_interrupted_run_keeps_what_it_has(chunks, tmp_path, capsys, monkeypatch, without_figures):
+    """Chunks are of 5 updates: the second network begins with the ninth."""
     interrupt_after(chunks + 8 * (chunks == 5), monkeypatch)
-    monkeypatch.setattr(_run, "chunk_length", lambda num_steps, target: 1)
-    observed = ["--curvature", 0 if chunks == 1 else 5]
-    assert command(*TINY, *observed, "--init", "glorot", "--width", 4, 6, "--out", "run") == 130
+    monkeypatch.setattr(_run, "chunk_length", lambda num_steps, target: 5)
+    assert command(*TINY, "--curvature", 0, "--init", "glorot", "--width", 4, 6, "--out", "run") == 130
     results = _results.load(tmp_path / "run" / "results.nc")
     assert results.attrs["finished"] == "false"
     assert "INTERRUPTED" in (tmp_path / "run" / "summary.md").read_text()
     if chunks == 1:
-        assert results.width.values.tolist() == [4] and results.sizes["step"] == 1
+        assert results.width.values.tolist() == [4] and results.sizes["step"] == 5
     else:
         first, second = (results.sel(width=width).minibatch_loss.values for width in (4, 6))
         assert np.isfinite(first).all()
@@ -163,7 +169,7 @@ def test_very_short_runs(arguments, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} == FILES | FIGURES
 
 
-def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, capsys):
+def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, capsys, without_figures):
     monkeypatch.setattr(spiral, "cpu_seconds_per_update", lambda width, curvature: 0.1)
     assert command(*TINY, "--updates", 47, "--curvature", 0, "--out", "run") == 0
     assert _results.load(tmp_path / "run" / "results.nc").sizes["step"] == 47
@@ -171,7 +177,7 @@ def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_path, monkeypatch):
+def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_path, monkeypatch, without_figures):
     """Of two networks: in the first one's last chunk, or when all are trained."""
     module, place = (_spiral, "_join") if last else (spiral, "curvature")
     real = getattr(module, place)
