@@ -21,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("x64")
 OPTIMISER = optax.sgd(1.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimisations():
+    """Compiles as users do: many updates are made here."""
+
+
 def make_mlp(key):
     return MLP(2, 100, 3, key=key)
 

@@ -5,14 +5,24 @@ import pytest
 from experiments import _run
 
 
+@pytest.fixture(autouse=True, scope="package")
+def compiled_programs(tmp_path_factory):
+    """Keeps the compiled programs of processes that tests start out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
-    """Runs a command in a directory of its own, with the devices that there are, and Ctrl-C as a terminal has it.
+    """Runs a command in a directory of its own, with the devices that there are and without a cache.
 
-    Processes that a shell starts in the background ignore Ctrl-C.
+    Ctrl-C is as a terminal has it: processes that a shell starts in the background ignore it.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_run, "use_all_cores", lambda: None)
+    monkeypatch.setattr(_run, "keep_compiled_programs", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -270,6 +270,7 @@ def run_directory(tmp_path_factory):
     arguments = [*TINY, *flags.split()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_run, "use_all_cores", lambda: None)
+        patch.setattr(_run, "keep_compiled_programs", lambda: None)
         with _run.console.capture() as capture:
             assert command(*arguments) == 0
     return SimpleNamespace(path=directory, output=capture.get(), arguments=arguments)

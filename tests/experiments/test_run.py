@@ -1,6 +1,10 @@
 """What the commands share: exit codes, devices and chunks."""
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -8,6 +12,8 @@ import pytest
 from experiments import _run
 from experiments._data import DataError
 from experiments._run import UsageError
+
+ROOT = Path(__file__).parents[2]
 
 # Chunks
 
@@ -96,6 +102,35 @@ def test_xla_flags_of_the_user_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     monkeypatch.setattr(jax.config, "update", raises(AssertionError("JAX was configured all the same")))
     _run.use_all_cores()
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from experiments._run import start_jax
+missed = []
+jax.monitoring.register_event_listener(lambda name, **_: missed.append(name) if name.endswith("cache_misses") else None)
+start_jax(distributed=False)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+print(len(missed))
+"""
+
+
+def compiled(cache) -> int:
+    """How many programs a new process has to compile; it must be silent."""
+    env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    env |= {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True)
+    assert done.stderr.replace("cuda_plugin_extension is not found.\n", "") == ""  # of the extra aot
+    return int(done.stdout)
+
+
+def test_the_second_start_compiles_nothing(tmp_path):
+    assert compiled(tmp_path / "new") > 0 == compiled(tmp_path / "new")
+
+
+def test_a_cache_that_cannot_be_written_is_left_out():
+    assert compiled("/proc/nowhere") == 0  # JAX does not even look for it
 
 
 def test_paths_are_printed_as_they_are(capsys):

@@ -30,6 +30,7 @@ def finished(tmp_path_factory):
     several = "--init paper none --learning-rate 0.5 1 --amplitude 5 70 --period 10 20".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_run, "use_all_cores", lambda: None)
+        patch.setattr(_run, "keep_compiled_programs", lambda: None)
         patch.setattr(_dynamics_plots, "_MOST", 1)
         assert command(*TINY, *several, "--out", out) == 0
     return out

@@ -5,6 +5,11 @@ from eqx_dynloss_kernels import operation
 from jax.experimental import pallas as pl
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimisations():
+    """Compiles as users do: what is compiled is looked at here."""
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Lets the Pallas kernel run on a CPU, step by step: right or wrong, and very slow. Keep to some 64 rows."""
