@@ -187,7 +187,9 @@ def scatter(values: PyTree, like: TrainState) -> TrainState:
     - `like`: states from `init` for the same model and optimiser, on any devices. Only their arrays are replaced.
     """
     arrays, static = eqx.partition(like, eqx.is_array)
-    restore = lambda leaf, value: jr.wrap_key_data(jnp.asarray(value)) if _is_key(leaf) else jnp.asarray(value)
+    restore = lambda leaf, value: (
+        jr.wrap_key_data(jnp.asarray(value), impl=jr.key_impl(leaf)) if _is_key(leaf) else jnp.asarray(value)
+    )
     return _place(eqx.combine(jax.tree.map(restore, arrays, values), static), NamedSharding(_mesh(like), P(_AXIS)))
 
 
@@ -235,7 +237,8 @@ def _init(make_model, optimiser, keys, values):
 @eqx.filter_jit
 def _observe(states, losses, data, function, block_size, mesh):
     def on_device(states, losses, data):
-        return _map_members(lambda state, loss: function(state, loss, data), block_size)(states, losses)
+        member = lambda state, loss: train._nan_where(state.diverged, function(state, loss, data))
+        return _map_members(member, block_size)(states, losses)
 
     return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P()))(states, losses, data)
 

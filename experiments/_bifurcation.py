@@ -20,7 +20,7 @@ from scipy import stats
 from eqx_dynloss import landscape
 
 from ._plots import finish, grid
-from ._results import loss_name, losses, settings
+from ._results import loss_name, loss_unit, losses, settings
 from ._summary import CONFIDENCE, Estimate, markdown_table
 
 WINDOW = 25  # updates over which the period of the loss is determined
@@ -108,7 +108,13 @@ def report(dataset: xr.Dataset) -> list[str]:
                     rows.append([f"{setting}, {loss_name(members)}".removeprefix(", "), f"{step:,}", *cells])
     if rows:
         lines += ["", "## The landscape in the first period (mean ± std over seeds)", ""]
-        headers = ["loss", "step", "F (nats)", "largest Hessian eigenvalue", "largest NTK eigenvalue"]
+        headers = [
+            "loss",
+            "step",
+            f"F ({loss_unit(dataset) or 'squared error'})",
+            "largest Hessian eigenvalue",
+            "largest NTK eigenvalue",
+        ]
         lines += markdown_table(headers, rows)
     return lines
 

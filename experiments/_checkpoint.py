@@ -90,7 +90,9 @@ class Checkpoints:
 
     def _open(self) -> Any:
         if self._manager is None:
-            options = self._orbax.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False)
+            options = self._orbax.CheckpointManagerOptions(
+                max_to_keep=_KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
             self._manager = self._orbax.CheckpointManager(self._directory.resolve(), options=options)
         return self._manager
 

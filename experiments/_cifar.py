@@ -80,7 +80,7 @@ class Task:
         if steps_per_epoch == 0:
             raise UsageError(
                 f"a batch of {preset.batch_size} is larger than the training set of {len(train_data)} examples: "
-                "pass a smaller --batch-size."
+                "take a smaller batch, or more examples."
             )
         num_steps = preset.epochs * steps_per_epoch
         stop = round((6 / 7 * preset.epochs if stop_epoch is None else stop_epoch) * steps_per_epoch)
@@ -141,7 +141,7 @@ class Task:
             "source": self.images.source,
             "device": _run.devices(),
             "finished": history.finished,
-            "steps_done": history.steps_done,
+            "steps_done": round(history.progress),
             "steps_planned": self.plan.num_steps,
             "steps_per_epoch": self.steps_per_epoch,
             "images_per_second": history.steps_per_second * self.preset.batch_size,
@@ -186,7 +186,7 @@ def parse_period(text: str, steps_per_epoch: int) -> float:
     except ValueError:
         raise UsageError(f"{text!r} is not a period: give optimiser steps (250) or epochs (0.5ep).") from None
     if not 0 < number < math.inf:
-        raise UsageError(f"--period must be a positive number of steps or epochs, got {text}.")
+        raise UsageError(f"a period must be a positive number of steps or epochs, got {text}.")
     return number * steps_per_epoch if match and match[2] else number
 
 

@@ -18,16 +18,15 @@ from rich.table import Table
 from scipy import stats
 
 from ._results import PACKAGES, SPLITS, dataset_title, file_name, losses, settings
-from ._summary import CONFIDENCE, Condition, Estimate, Summary, markdown_table, number, plain, spread
+from ._summary import CONFIDENCE, SAME, Condition, Estimate, Summary, markdown_table, number, plain, spread
 
 MOST_ROWS = 30  # of the table in the terminal
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.
-_WITHOUT_EFFECT = ("out", "resume", "checkpoint_every", "data_dir", "distributed", "show_seed")
+_WITHOUT_EFFECT = ("run", "made_by", "data_dir", "show_seed")
 _ATTRIBUTES = (
     *("dataset", "source", "steps_planned", "steps_per_epoch", "device", "git_commit"),
     *("python", *PACKAGES, "platform"),
 )
-_ROUNDING = 1e-6  # accuracies are float32: samples whose spread is below this are equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def welch(run: Estimate | None, reference: Estimate | None) -> Difference | None
     if run is None or reference is None or run.mean is None or reference.mean is None:
         return None
     mean = run.mean - reference.mean
-    if run.std is None or reference.std is None or max(run.std, reference.std) < _ROUNDING:
+    if run.std is None or reference.std is None or max(run.std, reference.std) < SAME:
         return Difference(run.n, reference.n, mean, None, None)
     a, b = run.std**2 / run.n, reference.std**2 / reference.n
     freedom = (a + b) ** 2 / (a**2 / (run.n - 1) + b**2 / (reference.n - 1))
@@ -346,7 +345,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
 
     document = {
         "confidence": CONFIDENCE,
-        "units": {"accuracy": "fraction", "loss": "nats", "period": "updates"},
+        "units": {"accuracy": "fraction", "loss": "nats, or 1 for squared errors", "period": "updates"},
         "reference": names[0],
         "between_runs": "run - reference, unpaired, Welch's interval",
         "notices": comparison.notices,

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,6 +19,7 @@ import xarray as xr
 from jax.experimental import multihost_utils
 
 from . import _signals
+from ._prepare import brief
 from ._results import STAND_INS, file_name, provenance, save
 from ._run import UsageError, console
 
@@ -32,7 +34,8 @@ class Run:
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: results/NAME-TIME)")] = None
     """A new or empty directory for the results."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a new run)")] = None
-    """The directory of an interrupted run, to go on with. Needs no other flags; they are in its config.json."""
+    """The directory of an interrupted run, to go on with. Needs no other flags but --distributed: they are in its
+    config.json."""
     checkpoint_every: float = 5.0
     """Minutes from one checkpoint to the next."""
     distributed: bool = False
@@ -96,7 +99,9 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def directory_of(run: Run, label: str, dataset: str, config: Mapping[str, Any]) -> Path:
+def directory_of(
+    run: Run, module: str, arguments: Sequence[str], label: str, dataset: str, config: Mapping[str, Any]
+) -> Path:
     """The directory of a run: a new one with its `config.json`, or that of the run that is resumed.
 
     Raises a `UsageError` if it cannot be written to. With several hosts the first one makes it, for all.
@@ -104,6 +109,7 @@ def directory_of(run: Run, label: str, dataset: str, config: Mapping[str, Any]) 
     name, problem = b"", UsageError("the first host has no directory for the results; it says why.")
     if jax.process_index() == 0:
         try:
+            config = {**config, "made_by": made_by(module, arguments)}
             path = _writable(run.resume) if run.resume else new_directory(run.out, label, dataset, config)
             name = os.fsencode(path)
         except UsageError as error:
@@ -114,6 +120,11 @@ def directory_of(run: Run, label: str, dataset: str, config: Mapping[str, Any]) 
     if not name:
         raise problem
     return Path(os.fsdecode(name))
+
+
+def made_by(module: str, arguments: Sequence[str]) -> dict[str, str]:
+    """The command, and the versions of what runs it."""
+    return {"command": shlex.join(["python", "-m", f"experiments.{module}", *arguments])} | provenance()
 
 
 def _writable(path: Path) -> Path:
@@ -136,8 +147,13 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = out or Path("results") / f"{label}-{stamp}"
     try:
+        if out is None:
+            number = 1
+            while path.exists():  # runs that were started in the same second
+                number += 1
+                path = path.with_name(f"{label}-{stamp}-{number}")
         refuse_used(path)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=out is not None)
         text = json.dumps(dict(config), indent=2, default=str)
         (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -151,7 +167,7 @@ def writing(directory: Path, module: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        reason = getattr(error, "strerror", None) or brief(error)
         raise UsageError(
             f"cannot write the results to {directory} ({reason}): make room, then go on with\n"
             f"  {resume_command(directory, module)}"
@@ -160,7 +176,8 @@ def writing(directory: Path, module: str) -> Iterator[None]:
 
 def resume_command(directory: Path, module: str) -> str:
     """What to type to go on with an interrupted run."""
-    return shlex.join(["python", "-m", f"experiments.{module}", "--resume", str(directory)])
+    hosts = ["--distributed"] if jax.process_count() > 1 else []
+    return shlex.join(["python", "-m", f"experiments.{module}", "--resume", str(directory), *hosts])
 
 
 def refuse_used(out: Path | None) -> None:
@@ -184,15 +201,24 @@ def conclude(
 
     With several hosts the first one writes. A signal stops the training, but not what is written after it.
     """
-    with _signals.saving_first(console.print):
-        results = train()
-        if jax.process_index() == 0:
-            command = shlex.join(["python", "-m", f"experiments.{module}", *arguments])
-            results.attrs |= provenance() | {"command": command}
-            with writing(directory, module):
-                save(results, directory / file_name(results.attrs["dataset"], "results.nc"))
-                report(results, directory)
-    finished = results.attrs["finished"] == "true"
-    if not finished:
-        console.print(f"Interrupted. To go on: {resume_command(directory, module)}")
+    finished = False
+    try:
+        with _signals.saving_first(console.print):
+            results = train()
+            if jax.process_index() == 0:
+                results.attrs |= _origin(directory, results.attrs["dataset"], module, arguments)
+                with writing(directory, module):
+                    save(results, directory / file_name(results.attrs["dataset"], "results.nc"))
+                    report(results, directory)
+            finished = results.attrs["finished"] == "true"
+    finally:
+        if not finished and not isinstance(sys.exception(), Exception):
+            console.print(f"Interrupted. To go on: {resume_command(directory, module)}")
     return finished
+
+
+def _origin(directory: Path, dataset: str, module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The command and the versions that started the run; those that resumed it are named where they are others."""
+    config = json.loads((directory / file_name(dataset, "config.json")).read_text(encoding="utf-8"))
+    now, first = made_by(module, arguments), config["made_by"]
+    return first | {f"resumed_with_{key}": value for key, value in now.items() if first.get(key) != value}

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 from . import _bifurcation
 from ._plots import extremes, finish, grid
-from ._results import loss_name, losses, settings
+from ._results import loss_name, loss_unit, losses, settings
 
 _CLASSES = (("#D62728", "solid"), ("#E3B505", (0, (5, 1.5))), ("#1B2A6B", (0, (1.5, 1.2))))  # the paper's colours
 _STATIC, _DYNAMICAL = ("0.45", (0, (4, 1.5))), ("#0072B2", "solid")
@@ -79,7 +79,7 @@ def over_seeds(static: xr.Dataset, members: xr.Dataset, path: str | os.PathLike[
     """Writes a PNG of the same rows for all seeds: median and the range from the 16th to the 84th percentile, of means
     over windows of updates; of the change from one update to the next, the mean size. Static loss for comparison."""
     figure, rows = _six_rows(members)
-    rows["difference"][0].set_ylabel("size of the one-step\ndifference (nats)")
+    rows["difference"][0].set_ylabel(f"size of the one-step\ndifference{_unit(members)}")
     sides = [("static", static, _STATIC)] * (static.amplitude.item() != members.amplitude.item())
     sides.append((loss_name(members), members, _DYNAMICAL))
     for column, (low, high) in enumerate(_ranges(members)):
@@ -141,12 +141,16 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
     )
 
 
+def _unit(members: xr.Dataset) -> str:
+    return f" ({unit})" if (unit := loss_unit(members)) else ""
+
+
 def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]]:
     """An empty figure: for every row, by name, the axes of the whole run and of the zoom."""
     labels = {
         "weights": "class weight Γ",
-        "loss": "loss F (nats)",
-        "difference": "F(t) − F(t + 1)\n(nats)",
+        "loss": f"loss F{_unit(members)}",
+        "difference": f"F(t) − F(t + 1)\n{_unit(members)}",
         "accuracy": "train accuracy",
         "hessian_max": "largest Hessian\neigenvalue",
         "ntk_max": "largest NTK\neigenvalue",

@@ -22,7 +22,7 @@ from ._results import SPLITS, file_name, settings
 
 _CELL = 0.62, 0.42  # inches
 _LEAST = 2.6, 1.7  # inches, of a panel with few cells
-_LEFT = "; n/N: n seeds are left, the others diverged"
+_LEFT = "; n/N: n seeds are left, the others diverged or were not reached"
 _DOT = {"linestyle": "none", "marker": "o", "markersize": 3.5, "markeredgewidth": 0}
 _LINES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("static loss (A = 1)", {"color": "black", "linestyle": "solid", "marker": "X"}),

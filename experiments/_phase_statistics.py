@@ -2,7 +2,8 @@
 
 Every cell is compared with the static loss of the same seeds by a two-sided paired t-test. The tests of one setting and
 split are corrected together (Benjamini and Hochberg): of the cells called significant, at most 5 % are expected to be
-false. That tolerates tests which depend on each other as these do, through the static members that they share.
+false. These tests depend on each other, through the static members that they share; for two-sided tests that is not
+covered by the procedure's proof.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ _GAIN = {"gain": "mean", "low": "low", "high": "high"}
 _LEGEND = (
     "In %, mean ± std over seeds. ▲ ▼: significantly above, below the static loss of the same seeds (two-sided paired "
     "t-tests, Benjamini–Hochberg over all cells of a table, false discovery rate 5 %). (n): only n seeds are left, the "
-    "others diverged. –: none is left. Fewer than 2 pairs of seeds, or the same difference for all, are not tested."
+    "others diverged or were not reached. –: none is left. Fewer than 2 pairs of seeds, or the same difference for "
+    "all, are not tested."
 )
 
 
@@ -178,7 +180,8 @@ def _trends(dataset: xr.Dataset) -> list[str]:
         if _p_value(change) < 1 - CONFIDENCE:
             verdict = "it grows" if (change.mean or 0) > 0 else "it shrinks"
         steps = np.diff([np.nan if gain.mean is None else gain.mean for gain in gains])
-        verdict += "" if (steps > 0).all() or (steps < 0).all() else ", though not steadily: see the table"
+        if verdict.startswith("it") and not ((steps > 0).all() or (steps < 0).all()):
+            verdict += ", though not steadily: see the table"
         ends = f"{along.replace('_', ' ')} {parts[0][along].item():g} to {parts[-1][along].item():g}"
         by = f"{_points(change.mean, change.low, change.high)} points ({change.n} seeds, paired)"
         lines.append(f"- {f'{rest}: f' if rest else 'F'}rom {ends} the mean gain changes by {by}: {verdict}.")

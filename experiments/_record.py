@@ -27,6 +27,7 @@ class History:
     end: dict[str, np.ndarray]  # by name, [members]: what was observed after the last update; empty if not finished
     diverged_at: np.ndarray  # [members], -1 for never
     steps_done: int  # by the members that have done most
+    progress: float  # updates made by a member in the mean
     finished: bool
     interrupted: bool  # Ctrl-C was pressed or the process told to end, be it in the last chunk
     steps_per_second: float  # of all members of a wave together; NaN if there was but one chunk, which compiles
@@ -62,26 +63,20 @@ class Record:
     def finished(self) -> bool:
         return self.steps_done == self.plan.num_steps
 
-    def add(self, done, states, metrics, observed, evaluated) -> None:
-        """Adds a chunk."""
-        self.steps_done = done
-        if self.plan.keep_steps:
-            self._append("minibatch loss", metrics.loss)
-            self._append("minibatch accuracy", metrics.accuracy)
-        self._latest = metrics
-        for name, values in observed.items():
-            self._append(f"observed {name}", values)
+    def add(self, done, states, metrics, observed, evaluated, end) -> None:
+        """Adds a chunk: all of it, or nothing if a signal comes in between."""
+        new = {"minibatch loss": metrics.loss, "minibatch accuracy": metrics.accuracy} if self.plan.keep_steps else {}
+        new |= {f"observed {name}": values for name, values in observed.items()}
+        for split, found in (evaluated or {}).items():
+            new |= {f"loss {split}": found.loss[:, None], f"accuracy {split}": found.accuracy[:, None]}
+        new |= {f"end {name}": values for name, values in end.items()}
+        new = {name: np.asarray(values)[: self.size] for name, values in new.items()}
         if evaluated is not None:
-            self._append("evaluation steps", np.array([done]))
-            for split, found in evaluated.items():
-                self._append(f"loss {split}", found.loss[:, None])
-                self._append(f"accuracy {split}", found.accuracy[:, None])
+            new["evaluation steps"] = np.array([done])
         diverged, step = ensemble.gather((states.diverged, states.step))
-        self.diverged_at = np.where(diverged, step, -1)[: self.size]
-
-    def end(self, observed) -> None:
-        for name, values in observed.items():
-            self._append(f"end {name}", values)
+        diverged_at = np.where(diverged, step, -1)[: self.size]
+        parts = self._parts | {name: [*self._parts.get(name, ()), values] for name, values in new.items()}
+        self._latest, self._parts, self.diverged_at, self.steps_done = metrics, parts, diverged_at, done
 
     def get(self, name: str, otherwise=None) -> np.ndarray:
         """Everything that was added under a name."""
@@ -120,10 +115,6 @@ class Record:
             text += f", validation {_mean(validation[:, -1]):.1%}"
         return text
 
-    def _append(self, name: str, values) -> None:
-        values = np.asarray(values)
-        self._parts.setdefault(name, []).append(values if name == "evaluation steps" else values[: self.size])
-
 
 def joined(records: list[Record], num_members: int, splits: Mapping[str, Dataset], stopped: bool) -> History:
     """The history of all members; what an interrupted run never came to is NaN, or -1 for a whole number."""
@@ -151,6 +142,7 @@ def joined(records: list[Record], num_members: int, splits: Mapping[str, Dataset
         end={name: whole(f"end {name}") for name in records[0].names("end ")} if finished else {},
         diverged_at=np.pad(diverged_at, (0, num_members - len(diverged_at)), constant_values=-1),
         steps_done=max(record.steps_done for record in records),
+        progress=sum(record.steps_done * record.size for record in records) / num_members,
         finished=finished,
         interrupted=stopped,
         steps_per_second=float(np.nanmean(speeds)) if np.isfinite(speeds).any() else math.nan,

@@ -180,6 +180,21 @@ def settings(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
             yield ", ".join(_words(part, name) for name in dims if dataset.sizes[name] > 1), part
 
 
+def loss_unit(dataset: xr.Dataset) -> str:
+    """The unit of a dataset's losses: nats, or none for a squared error."""
+    return "nats" if dataset.attrs.get("loss_function", "cross-entropy") == "cross-entropy" else ""
+
+
+def with_loss_function(dataset: xr.Dataset, name: str) -> xr.Dataset:
+    """Says in a dataset which loss was minimised, where `assemble` has taken it for the cross-entropy."""
+    dataset = dataset.assign_attrs(loss_function=name)
+    if not loss_unit(dataset):
+        dataset.loss.attrs |= {"units": "1", "long_name": f"plain {name} loss, mean over the split, no class weights"}
+        if "minibatch_loss" in dataset:
+            dataset.minibatch_loss.attrs["units"] = "1"
+    return dataset
+
+
 def subject(dataset: xr.Dataset) -> str:
     """The data set of a dataset or of a part of it, and the setting as far as it is the same throughout."""
     fixed = [_words(dataset, name) for name in SETTINGS if name in dataset.coords and dataset[name].size == 1]

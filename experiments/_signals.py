@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler that takes the machine back sends the second
 _USUAL = (signal.default_int_handler, signal.SIG_DFL)
-_HANDLERS: list[Callable[..., None]] = []  # those of ours that are in place
+_HANDLERS: list[Callable[..., None]] = []  # those of ours that are in place, the innermost last
+_EVENTS: list[threading.Event] = []  # and what they set
 
 
 @contextlib.contextmanager
@@ -42,6 +43,8 @@ def first_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
 def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
     """Calls `handle` at every signal, with its name and whether there was one before, unless somebody else does."""
     event = threading.Event()
+    if _EVENTS and _EVENTS[-1].is_set():  # asked for between two blocks that are inside another
+        event.set()
 
     def handler(number: int, _frame):
         again = event.is_set()
@@ -54,6 +57,7 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
         replaced = {number: old for number, old in usual.items() if old in _USUAL or old in _HANDLERS}
     if replaced:
         _HANDLERS.append(handler)
+        _EVENTS.append(event)
     for number in replaced:
         signal.signal(number, handler)
     try:
@@ -63,3 +67,4 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
             signal.signal(number, old)
         if replaced:
             _HANDLERS.remove(handler)
+            _EVENTS.remove(event)

@@ -1,6 +1,7 @@
 """The spiral problem: the data, the networks, their losses, and what is measured of them, for every command on it."""
 
 import functools as ft
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ def train_networks(
 ) -> xr.Dataset:
     """Calls a function for one initialisation and width after another, each of which is a program of its own, and gives
     what it returns dimensions `init` and `width`. Stops where the training was interrupted."""
-    finished, steps_done = True, 0
+    finished, steps_done, seconds = True, 0.0, 0.0
     parts: dict[str, list[xr.Dataset]] = {}
     for number, (init, width) in enumerate(networks):
         if len(networks) > 1:
@@ -120,7 +121,8 @@ def train_networks(
             finished = False
             break
         parts.setdefault(init, []).append(part.assign_coords(init=init, width=width))
-        steps_done += history.steps_done
+        steps_done += history.progress
+        seconds += history.progress / history.steps_per_second  # NaN if one was not measured
         if not history.finished or history.interrupted:
             finished = history.finished and number == len(networks) - 1
             break
@@ -129,7 +131,8 @@ def train_networks(
         dataset="spiral",
         finished=str(finished).lower(),
         device=_run.devices(),
-        steps_done=steps_done,
+        steps_done=round(steps_done),
+        member_updates_per_second=steps_done / seconds if seconds else math.nan,
     )
 
 
@@ -157,7 +160,7 @@ def labelled(
             **{name: value if name == "evaluation_steps" else value[row] for name, value in arrays.items()},
             observation_steps=observation_steps,
             observations={name: value[row] for name, value in observations.items()},
-            attrs={"member_updates_per_second": history.steps_per_second},
+            attrs={},
             **more,
         ).assign_coords(learning_rate=rate)
         for row, rate in zip(rows, learning_rates, strict=True)

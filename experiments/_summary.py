@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from ._results import PACKAGES, file_name, losses, settings, subject
+from ._results import PACKAGES, file_name, loss_unit, losses, settings, subject
 
 CONFIDENCE = 0.95
 SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
@@ -54,6 +54,7 @@ class Condition:
     period: float | None
     seeds: int
     diverged: list[int]
+    missing: int  # members that an interrupted run never came to
     outcomes: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
     evidence: str | None
@@ -99,7 +100,7 @@ def summarise(dataset: xr.Dataset) -> Summary:
         finished=finished,
         evaluated_at=evaluated_at,
         notices=_notices(dataset, finished, everything),
-        notes=_notes(sum(c.period is not None for c in everything)),
+        notes=_notes(sum(c.period is not None for c in everything), dataset),
         conditions=everything,
     )
 
@@ -117,11 +118,12 @@ def _condition(
         for split, step in last.items()
         if step is not None
     }
-    lost = members.diverged_at.values >= 0
+    lost, seen = members.diverged_at.values >= 0, np.ones(members.sizes["seed"], bool)
     for split in final.values():
-        lost = lost | ~np.isfinite(split["accuracy"]) | ~np.isfinite(split["loss"])
+        seen = seen & np.isfinite(split["accuracy"])  # a mean over examples: NaN only where nobody looked
+        lost = lost | (np.isfinite(split["accuracy"]) & ~np.isfinite(split["loss"]))
     seeds: list[int] = members.seed.values.tolist()
-    survivors = [(i, seed) for i, seed in enumerate(seeds) if not lost[i]]
+    survivors = [(i, seed) for i, seed in enumerate(seeds) if seen[i] and not lost[i]]
 
     outcomes = {
         split: {m: Estimate.of({seed: float(v[i]) for i, seed in survivors}) for m, v in metrics.items()}
@@ -133,7 +135,8 @@ def _condition(
         if static is not None
     }
     amplitude, diverged = float(members.amplitude), [seed for seed, gone in zip(seeds, lost, strict=True) if gone]
-    result = Condition(amplitude, period, len(seeds), diverged, outcomes, differences, None, setting)
+    missing = int((~seen & ~lost).sum()) if final else 0
+    result = Condition(amplitude, period, len(seeds), diverged, missing, outcomes, differences, None, setting)
     return result if static is None else dataclasses.replace(result, evidence=_evidence(result))
 
 
@@ -171,6 +174,12 @@ def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -
             f"INTERRUPTED after {done:,} {f'of {steps:,} ' if steps else ''}updates: these are numbers of an "
             "unfinished training, in which the class weights may still have been oscillating."
         )
+    missing = sum(c.missing for c in everything)
+    if missing:
+        notices.append(
+            f"NOT REACHED: {missing} of {sum(c.seeds for c in everything)} members were not trained before the "
+            "interruption. They are left out of every mean and difference."
+        )
     gone = [f"{c.name}: seed {', '.join(map(str, c.diverged))}" for c in everything if c.diverged]
     if gone:
         notices.append(
@@ -181,11 +190,12 @@ def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -
     return notices
 
 
-def _notes(n_dynamical: int) -> list[str]:
+def _notes(n_dynamical: int, dataset: xr.Dataset) -> list[str]:
+    minimised = dataset.attrs.get("loss_function", "cross-entropy")
     notes = [
         "± is the standard deviation over seeds (n − 1). Differences are paired by seed; their 95 % confidence "
         "intervals are Student's t, which assumes roughly normal differences.",
-        "Loss is the plain cross-entropy without class weights, so that losses can be compared.",
+        f"Loss is the plain {minimised} loss without class weights, so that losses can be compared.",
     ]
     if n_dynamical > 1:
         notes.append(
@@ -282,7 +292,9 @@ def write_summary(
     The names are those of `_results.file_name`. `more` are lines that `summary.md` has after the tables.
     """
     outcomes, differences = _rows(summary)
-    splits = ["train accuracy, %", "validation accuracy, %", "train loss, nats", "validation loss, nats"]
+    unit = loss_unit(dataset)
+    splits = ["train accuracy, %", "validation accuracy, %"]
+    splits += [f"train loss, {unit}", f"validation loss, {unit}"] if unit else ["train loss", "validation loss"]
     steps = ", ".join(
         f"{split} after {step:,} updates" for split, step in summary.evaluated_at.items() if step is not None
     )
@@ -300,13 +312,14 @@ def write_summary(
     lines += ["", *more] if more else []
     lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
     attrs = {key: plain(value) for key, value in dataset.attrs.items()}
-    for key in ("command", "device", "python", *PACKAGES, "platform", "git_commit"):
+    made = ("loss_function", "command", "device", "python", *PACKAGES, "platform", "git_commit")
+    for key in (*made, *(name for name in attrs if name.startswith("resumed_with_"))):
         if key in attrs:
             lines.append(f"- {key.replace('_', ' ')}: `{attrs[key]}`")
 
     document = dataclasses.asdict(summary) | {
         "confidence": CONFIDENCE,
-        "units": {"accuracy": "fraction", "loss": "nats", "period": "updates"},
+        "units": {"accuracy": "fraction", "loss": unit, "period": "updates"},
         "attributes": attrs,
     }
     directory, name = Path(directory), dataset.attrs["dataset"]

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def train(
                 _train_wave(members.take(indices), data, splits, record, asked, report, directory, checkpoint_minutes)
                 if not record.finished:
                     break
-        stopped = asked.is_set()
+            stopped = _any_host(asked.is_set())
+        stopped = stopped or asked.is_set()
     if not any(record.steps_done for record in records):
         raise KeyboardInterrupt
     return joined(records, len(members), splits, stopped)
@@ -82,6 +84,8 @@ def train(
 def _train_wave(members, data, splits, record, asked, report, directory, minutes) -> None:
     """Trains one wave, from its last checkpoint if there is one, and writes into `record` what is measured."""
     plan, device_count = record.plan, jax.device_count()
+    if jax.process_count() == 1:
+        device_count = min(device_count, len(members))
     padded = np.arange(-(-len(members) // device_count) * device_count).clip(max=len(members) - 1)
     members = members.take(padded)
     states = members.init()
@@ -114,13 +118,14 @@ def _train_wave(members, data, splits, record, asked, report, directory, minutes
                 states, members.losses, members.optimiser, data, evaluations=evaluated, **options
             )
             states, (metrics, observed, found) = results[0], ensemble.gather(results[1:])
-            record.add(done, states, metrics, observed or {}, found if due or last else None)
-            if last and plan.observe_end:
-                record.end(ensemble.gather(ensemble.observe(states, members.losses, data, plan.observe_end)))
             if i == first:
                 compiled = time.perf_counter()
             else:
                 record.steps_per_second = (i - first) * plan.chunk / (time.perf_counter() - compiled)
+            end = {}
+            if last and plan.observe_end:
+                end = ensemble.gather(ensemble.observe(states, members.losses, data, plan.observe_end))
+            record.add(done, states, metrics, observed or {}, found if due or last else None, end)
             text = record.describe()
             if not math.isnan(record.steps_per_second):
                 text += f", {per_step * record.steps_per_second:,.0f} {unit}/s"
@@ -150,8 +155,15 @@ def _settled(members, data, splits, plan, checkpoint, wave) -> tuple[int, Plan]:
         return found["wave"], dataclasses.replace(plan, chunk=found["chunk"])
     size = min(len(members), wave or fitting_wave(members, data, splits, plan))
     if path is not None and jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"wave": size, "chunk": plan.chunk}), encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"wave": size, "chunk": plan.chunk}), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {checkpoint} ({error.strerror}): make room, then start again."
+            ) from error
     return size, plan
 
 

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> bool:
     settings = (
         dataclasses.asdict(config) | dataclasses.asdict(preset) | task.sizes | {"dataset": images.name, "preset": name}
     )
-    directory = _directory.directory_of(config.run, f"cifar-{images.name}", images.name, settings)
+    directory = _directory.directory_of(config.run, "cifar", arguments, f"cifar-{images.name}", images.name, settings)
     reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"
     console.print(
         f"{_run.devices()} | {len(task.members)} members = {config.seeds} seeds x "

@@ -25,6 +25,11 @@ from ._run import UsageError, console
 from ._spiral import Init, LossName
 
 _CURVATURE_IMAGES = 500  # of CIFAR-10's training set, for the Hessian
+_PERIODS = {"spiral": "log:50:5000:7", "cifar": "5,10,20,40"}
+_OF_ONE = {  # flags that mean something for one experiment only
+    "spiral": ("loss", "init", "updates"),
+    "cifar": ("epochs", "train_examples", "validation_examples", "dataset", "data_dir"),
+}
 
 
 def _default(metavar: str, default: str):
@@ -45,7 +50,7 @@ class Config:
     `python -m experiments.spiral` and `python -m experiments.cifar --preset quick`."""
     amplitudes: Annotated[str, tyro.conf.arg(metavar="GRID")] = "1,2,5,10,20,50,100"
     """Amplitudes A >= 1 of the dynamical loss."""
-    periods: Annotated[str, tyro.conf.arg(metavar="GRID")] = "log:50:5000:7"
+    periods: Annotated[str | None, _default("GRID", "log:50:5000:7, for CIFAR-10 5,10,20,40")] = None
     """Periods T of one class, in updates, rounded to whole ones; in a list for CIFAR-10 also in epochs (0.5ep)."""
     seeds: int = 8
     """Members of every cell of the diagram. Member s of every cell has the same initial weights."""
@@ -85,14 +90,17 @@ def main(arguments: list[str] | None = None) -> bool:
     _check(config)
     _run.start_jax(config.run.distributed)
     make = spiral_diagrams if config.experiment == "spiral" else cifar_diagram
-    directory, trained = make(config)
+    directory, trained = make(config, arguments)
     return _directory.conclude("phase", arguments, directory, trained, report)
 
 
-def spiral_diagrams(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
+def spiral_diagrams(config: Config, arguments: list[str]) -> tuple[Path, Callable[[], xr.Dataset]]:
     """The directory of the run, and what trains a diagram for every width and learning rate: a program for a width."""
-    directory = _directory.directory_of(config.run, "phase-spiral", "spiral", dataclasses.asdict(config))
-    amplitudes, periods = grid(config.amplitudes, "amplitudes"), whole(grid(config.periods, "periods"))
+    directory = _directory.directory_of(
+        config.run, "phase", arguments, "phase-spiral", "spiral", dataclasses.asdict(config)
+    )
+    amplitudes = grid(config.amplitudes, "amplitudes")
+    periods = whole(grid(config.periods or _PERIODS["spiral"], "periods"))
     widths = [int(width) for width in whole(grid(config.widths or "100", "widths"))]
     rates = grid(config.learning_rates or "1", "learning-rates")
     updates = config.updates or 70_000
@@ -132,18 +140,15 @@ def spiral_diagrams(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
     def trained() -> xr.Dataset:
         with jax.enable_x64(True):
             results = _spiral.train_networks([(config.init, width) for width in widths], train_network)
-        return results.assign_attrs(loss_function=config.loss, steps_planned=updates * len(widths))
+        return _results.with_loss_function(results, config.loss).assign_attrs(steps_planned=updates * len(widths))
 
     return directory, trained
 
 
-def cifar_diagram(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
+def cifar_diagram(config: Config, arguments: list[str]) -> tuple[Path, Callable[[], xr.Dataset]]:
     """The directory of the run, and what trains the diagram of Myrtle5 on CIFAR-10, or on what stands in for it."""
-    periods = (
-        [f"{T:g}" for T in whole(grid(config.periods, "periods"))]
-        if ":" in config.periods
-        else config.periods.split(",")
-    )
+    text = config.periods or _PERIODS["cifar"]
+    periods = [f"{T:g}" for T in whole(grid(text, "periods"))] if ":" in text else text.split(",")
     given = {name: getattr(config, name) for name in ("epochs", "train_examples", "validation_examples", "evaluations")}
     if config.widths:
         (given["width"],) = [int(width) for width in whole(grid(config.widths, "widths"))]
@@ -156,7 +161,7 @@ def cifar_diagram(config: Config) -> tuple[Path, Callable[[], xr.Dataset]]:
         preset = _cifar.as_many_steps(preset, images)
     task = _cifar.Task.of(preset, images, config.seeds)
     settings = dataclasses.asdict(config) | task.sizes | {"dataset": images.name, "epochs": preset.epochs}
-    directory = _directory.directory_of(config.run, f"phase-{images.name}", images.name, settings)
+    directory = _directory.directory_of(config.run, "phase", arguments, f"phase-{images.name}", images.name, settings)
     _announce(config, len(task.schedules.amplitude), len(task.members), task.work, task.cpu_seconds)
 
     def trained() -> xr.Dataset:
@@ -221,7 +226,7 @@ def whole(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _announce(config: Config, losses: int, members: int, work: str, cpu_seconds: float) -> None:
-    """The line that says what is going to happen."""
+    """Prints the line that says what is going to happen."""
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     settings = members // (config.seeds * losses)
     console.print(
@@ -253,7 +258,7 @@ def _check(config: Config) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
     grids = {"amplitudes": config.amplitudes, "widths": config.widths, "learning-rates": config.learning_rates}
-    if config.experiment == "spiral" or ":" in config.periods:
+    if config.experiment == "spiral" or ":" in (config.periods or ""):
         grids["periods"] = config.periods
     least = {"periods": "at least 2 updates", "learning-rates": "positive"}
     for flag, text in grids.items():
@@ -267,8 +272,13 @@ def _check(config: Config) -> None:
             raise UsageError(f"--{flag} must be {least.get(flag, 'at least 1')}, got {text}.")
         if config.experiment == "cifar" and flag in ("widths", "learning-rates") and len(values) > 1:
             raise UsageError(f"--experiment cifar takes one width and one learning rate, got --{flag} {text}.")
-    if config.experiment == "cifar" and config.loss != "cross-entropy":
-        raise UsageError(f"--loss is for the spiral; CIFAR-10 has the cross-entropy, got {config.loss}.")
+    other = _OF_ONE["cifar" if config.experiment == "spiral" else "spiral"]
+    usual = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name in other:
+        if getattr(config, name) != usual[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning for --experiment {config.experiment}: leave it out."
+            )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> bool:
     config = _directory.parse(Config, arguments, "spiral")
     _check(config)
     _run.start_jax(config.run.distributed)
-    directory = _directory.directory_of(config.run, "spiral", "spiral", dataclasses.asdict(config))
+    directory = _directory.directory_of(config.run, "spiral", arguments, "spiral", "spiral", dataclasses.asdict(config))
 
     def trained() -> xr.Dataset:
         with jax.enable_x64(True):
@@ -124,9 +124,8 @@ def train(config: Config, directory: Path) -> xr.Dataset:
         seen = np.arange(0, history.steps_done, every), history.observations
         return labelled(history, labels, config.learning_rate, *seen, class_weights=weights), history
 
-    return train_networks(networks, train_network).assign_attrs(
-        loss_function=config.loss, steps_planned=config.updates * len(networks)
-    )
+    results = _results.with_loss_function(train_networks(networks, train_network), config.loss)
+    return results.assign_attrs(steps_planned=config.updates * len(networks))
 
 
 def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:

@@ -98,7 +98,9 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, capsys):
     ("--learning-rates 0", "--learning-rates must be positive"),
     ("--checkpoint-every nan", "--checkpoint-every takes a number of minutes"),
     ("--experiment cifar --widths 4,8", "one width"),
-    ("--experiment cifar --loss squared-unit", "for the spiral"),
+    ("--experiment cifar --loss squared-unit", "--loss has no meaning for --experiment cifar"),
+    ("--experiment cifar --updates 7", "--updates has no meaning for --experiment cifar"),
+    ("--epochs 7", "--epochs has no meaning for --experiment spiral"),
 ])  # fmt: skip
 def test_wrong_use_is_one_sentence_and_2(flags, part, tmp_path, capsys):
     assert command(*TINY, "--out", "run", *flags.split()) == 2
