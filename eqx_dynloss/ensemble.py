@@ -159,7 +159,7 @@ def observe(
     """`function(state, loss, data)` of every member, such as the curvature after the last update.
 
     Arguments as for `train_chunk`, with `function` in the place of `observe`. **Returns:** a PyTree of arrays with a
-    leading member axis.
+    leading member axis; NaN for members that have diverged.
     """
     losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
     return _observe(states, losses, data, function, _block_size(states, block_size), _mesh(states))
@@ -187,9 +187,11 @@ def scatter(values: PyTree, like: TrainState) -> TrainState:
     - `like`: states from `init` for the same model and optimiser, on any devices. Only their arrays are replaced.
     """
     arrays, static = eqx.partition(like, eqx.is_array)
-    restore = lambda leaf, value: (
-        jr.wrap_key_data(jnp.asarray(value), impl=jr.key_impl(leaf)) if _is_key(leaf) else jnp.asarray(value)
-    )
+
+    def restore(leaf, value):
+        value = jnp.asarray(value)
+        return jr.wrap_key_data(value, impl=jr.key_impl(leaf)) if _is_key(leaf) else value
+
     return _place(eqx.combine(jax.tree.map(restore, arrays, values), static), NamedSharding(_mesh(like), P(_AXIS)))
 
 

@@ -22,6 +22,12 @@ def test_the_default_directory_names_the_command_and_the_dataset(tmp_path, monke
     assert [file.name for file in path.iterdir()] == ["digits_config.json"]
 
 
+def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {_directory.new_directory(None, "cifar", "cifar10", {}) for _ in range(4)}
+    assert len(paths) == 4
+
+
 def test_an_empty_directory_is_taken_and_a_full_one_refused(tmp_path):
     _directory.new_directory(tmp_path, "cifar", "digits", {})
     _directory.new_directory(tmp_path, "cifar", "digits", {})  # the first run never started: there is nothing to lose

@@ -81,7 +81,13 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, capsys):
     assert command("--resume", "run", "--seeds", 3, "--loss", "squared-sample") == 2
     error = capsys.readouterr().err
     assert "--seeds 2, not 3" in error and "--loss squared-unit, not squared-sample" in error and error.count("\n") == 1
+    started = _results.load(tmp_path / "run" / "results.nc").attrs["command"]
+    assert "squared-unit" in started
     assert command("--resume", "run", "--seeds", 2) == 0  # what it was started with is no difference
+    attrs = _results.load(tmp_path / "run" / "results.nc").attrs
+    assert attrs["command"] == started and "--resume run" in attrs["resumed_with_command"]
+    text = (tmp_path / "run" / "summary.md").read_text()
+    assert "plain squared-unit loss" in text and "nats" not in text and "cross-entropy" not in text
     assert command("--resume", "run", "--out", "other") == 2
     assert command("--resume", "nowhere") == 2
     assert "no run that could be resumed" in capsys.readouterr().err

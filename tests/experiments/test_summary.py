@@ -100,6 +100,16 @@ def test_a_member_that_is_not_finite_counts_as_diverged_even_if_not_flagged():
     assert summarise(dataset).conditions[1].diverged == [2]
 
 
+def test_members_that_an_interrupted_run_never_came_to_are_not_called_diverged(tmp_path):
+    dataset = results(seeds=3, finished=False)
+    dataset.accuracy.loc[{"amplitude": 10, "seed": 2}] = dataset.loss.loc[{"amplitude": 10, "seed": 2}] = np.nan
+    static, dynamical = summarise(dataset).conditions
+    assert (static.missing, dynamical.missing, dynamical.diverged) == (0, 1, [])
+    assert list(dynamical.differences["validation"]["accuracy"].values) == [0, 1]
+    for text in outputs(dataset, tmp_path).values():
+        assert "NOT REACHED: 1 of 6 members" in text and "DIVERGED" not in text
+
+
 def test_when_every_member_diverged_there_is_nothing_to_compare(tmp_path):
     dataset = results(seeds=2, diverged={2: 10, 3: 10})
     evidence = summarise(dataset).conditions[1].evidence

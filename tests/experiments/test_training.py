@@ -15,7 +15,7 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
-from experiments import _training, _waves
+from experiments import _signals, _training, _waves
 from experiments._plan import Members, Plan
 from experiments._run import UsageError
 
@@ -206,6 +206,30 @@ def test_a_run_that_was_asked_to_stop_saves_where_it_is(name, tmp_path, monkeypa
     finally:
         signal.signal(name, before)
     assert_same(history, whole)
+
+
+def test_an_interruption_of_the_last_observation_is_one_of_the_last_chunk(tmp_path):
+    """By a second Ctrl-C, while it compiles: the run is not finished, and goes on."""
+
+    def interrupted(state, loss, data):
+        raise KeyboardInterrupt
+
+    whole = train(7, 1, 3, plan=OBSERVED)
+    left = train(7, 1, 3, plan=OBSERVED | {"observe_end": interrupted}, checkpoint=tmp_path, checkpoint_minutes=0)
+    assert not left.finished and left.steps_done == 6 and not left.end
+    assert {array.shape[-1] for name, array in numbers(left).items() if name.startswith("minibatch")} == {6}
+    assert_same(train(7, 1, 3, plan=OBSERVED, checkpoint=tmp_path), whole)
+
+
+def test_a_signal_before_the_training_stops_it(tmp_path):
+    """Inside a block that saves first, as between two networks."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), _signals.saving_first(lambda text: None):
+            signal.raise_signal(signal.SIGTERM)
+            train(7, 1, 3)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
