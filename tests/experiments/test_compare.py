@@ -41,7 +41,7 @@ def put(path: str, dataset: xr.Dataset | bytes, **config: object) -> Path:
     data = "cifar10" if isinstance(dataset, bytes) else dataset.attrs["dataset"]
     file, settings = (directory / _results.file_name(data, name) for name in ("results.nc", "config.json"))
     file.write_bytes(dataset) if isinstance(dataset, bytes) else _results.save(dataset, file)
-    settings.write_text(json.dumps({"out": path, "width": 16} | config))
+    settings.write_text(json.dumps({"run": {"out": path}, "width": 16} | config))
     return directory
 
 
@@ -186,7 +186,7 @@ def test_a_config_that_cannot_be_read_is_no_error_and_said(content, width, store
 def test_the_config_of_another_file_is_not_read(stored):
     a = put("a", stored)
     (a / "results.nc").rename(a / "mine.nc")
-    assert compare.read_config(a / "results.nc", "cifar10") == {"out": "a", "width": 16}
+    assert compare.read_config(a / "results.nc", "cifar10") == {"run": {"out": "a"}, "width": 16}
     assert compare.read_config(a / "mine.nc", "cifar10") is None
     assert compare.read_config(a / "results.nc", "digits") is None
 
