@@ -184,7 +184,8 @@ def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_
     real = getattr(module, place)
 
     def interrupted(*args):
-        signal.raise_signal(signal.SIGINT)
+        if not last or args[1] == "init":  # the last of the joins
+            signal.raise_signal(signal.SIGINT)
         return real(*args)
 
     monkeypatch.setattr(module, place, interrupted)
