@@ -206,8 +206,8 @@ def conclude(
         with _signals.saving_first(console.print):
             results = train()
             if jax.process_index() == 0:
-                results.attrs |= _origin(directory, results.attrs["dataset"], module, arguments)
                 with writing(directory, module):
+                    results.attrs |= _origin(directory, results.attrs["dataset"], module, arguments)
                     save(results, directory / file_name(results.attrs["dataset"], "results.nc"))
                     report(results, directory)
             finished = results.attrs["finished"] == "true"
@@ -220,5 +220,6 @@ def conclude(
 def _origin(directory: Path, dataset: str, module: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The command and the versions that started the run; those that resumed it are named where they are others."""
     config = json.loads((directory / file_name(dataset, "config.json")).read_text(encoding="utf-8"))
-    now, first = made_by(module, arguments), config["made_by"]
+    now = made_by(module, arguments)
+    first = config.get("made_by", now)
     return first | {f"resumed_with_{key}": value for key, value in now.items() if first.get(key) != value}
