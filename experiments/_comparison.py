@@ -91,7 +91,7 @@ class Row:
     def name(self) -> str:
         """The condition in words, and how many of its seeds are used if some diverged."""
         c = self.condition
-        return c.name + (f" ({_used(c)} of {c.seeds} seeds)" if c.diverged else "")
+        return c.name + (f" ({c.used} of {c.seeds} seeds)" if c.diverged else "")
 
     def accuracy(self, split: str) -> Estimate | None:
         """The accuracies (0 to 1) at the last evaluation, if there are any."""
@@ -251,11 +251,7 @@ def _versus(row: Row, split: str, comparison: Comparison) -> str:
 def _lead(row: Row) -> list[str]:
     """The cells about the loss and about the seeds that are used."""
     c = row.condition
-    return [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}", f"{_used(c)}/{c.seeds}"]
-
-
-def _used(condition: Condition) -> int:
-    return condition.seeds - len(condition.diverged)
+    return [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}", f"{c.used}/{c.seeds}"]
 
 
 def _value(name: str, value: Any) -> str:

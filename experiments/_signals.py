@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler that takes the machine back sends the second
 _USUAL = (signal.default_int_handler, signal.SIG_DFL)
-_HANDLERS: list[Callable[..., None]] = []  # those of ours that are in place, the innermost last
-_EVENTS: list[threading.Event] = []  # and what they set
+_HANDLERS: dict[Callable[..., None], threading.Event] = {}  # ours that are in place, innermost last, and what they set
 
 
 @contextlib.contextmanager
@@ -43,7 +42,7 @@ def first_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
 def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
     """Calls `handle` at every signal, with its name and whether there was one before, unless somebody else does."""
     event = threading.Event()
-    if _EVENTS and _EVENTS[-1].is_set():  # asked for between two blocks that are inside another
+    if _HANDLERS and list(_HANDLERS.values())[-1].is_set():  # asked for between two blocks that are inside another
         event.set()
 
     def handler(number: int, _frame):
@@ -56,8 +55,7 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
         usual = {number: signal.getsignal(number) for number in _SIGNALS}
         replaced = {number: old for number, old in usual.items() if old in _USUAL or old in _HANDLERS}
     if replaced:
-        _HANDLERS.append(handler)
-        _EVENTS.append(event)
+        _HANDLERS[handler] = event
     for number in replaced:
         signal.signal(number, handler)
     try:
@@ -66,5 +64,4 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
         for number, old in replaced.items():
             signal.signal(number, old)
         if replaced:
-            _HANDLERS.remove(handler)
-            _EVENTS.remove(event)
+            del _HANDLERS[handler]

@@ -61,6 +61,11 @@ class Condition:
     setting: str = ""  # what else than the loss is special about it, in words
 
     @property
+    def used(self) -> int:
+        """How many members are in the means."""
+        return self.seeds - len(self.diverged) - self.missing
+
+    @property
     def name(self) -> str:
         loss = "static" if self.period is None else f"A = {self.amplitude:g}, T = {self.period:g}"
         return f"{self.setting}, {loss}" if self.setting else loss
@@ -245,7 +250,7 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
         lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
         lead = [c.setting, *lead] if c.setting else lead
         cells = [spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
-        outcomes.append([*lead, f"{c.seeds - len(c.diverged)}/{c.seeds}", str(len(c.diverged)), *cells])
+        outcomes.append([*lead, f"{c.used}/{c.seeds}", str(len(c.diverged)), *cells])
         if c.period is not None:
             pairs = {m: e for metrics in c.differences.values() for m, e in metrics.items()}
             cells = [_difference(c.differences.get(split, {}).get(m), scale, d) for split, m, scale, d in _COLUMNS]

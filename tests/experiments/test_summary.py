@@ -105,6 +105,7 @@ def test_members_that_an_interrupted_run_never_came_to_are_not_called_diverged(t
     dataset.accuracy.loc[{"amplitude": 10, "seed": 2}] = dataset.loss.loc[{"amplitude": 10, "seed": 2}] = np.nan
     static, dynamical = summarise(dataset).conditions
     assert (static.missing, dynamical.missing, dynamical.diverged) == (0, 1, [])
+    assert (static.used, dynamical.used) == (3, 2)
     assert list(dynamical.differences["validation"]["accuracy"].values) == [0, 1]
     for text in outputs(dataset, tmp_path).values():
         assert "NOT REACHED: 1 of 6 members" in text and "DIVERGED" not in text
