@@ -67,10 +67,10 @@ class Compare:
     ) -> list[Row]:
         """Requires that all contestants agree, and with `--benchmark` times them. Once in a test.
 
-        Contestants are called in rounds, each once a round. Round r starts with contestant r mod n, so that none always
-        follows the same one. Before each timed call comes an untimed one of the same contestant, unless calls are long
-        (half a second): what another one left in the caches would otherwise decide about short calls. Compilation is
-        over by then, and the first call, which is the one checked, is never timed.
+        Contestants are called in rounds, each once a round, in varying order (see `rotated`). Before each timed call
+        comes an untimed one of the same contestant, unless calls are long (half a second): what another one left in
+        the caches would otherwise decide about short calls. Compilation is over by then, and the first call, which is
+        the one checked, is never timed.
 
         **Arguments:**
 
@@ -184,9 +184,17 @@ class Record:
 
 
 def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
-    """Who is called when: round after round, each starting with the one that was second in the round before."""
+    """Who is called when, round after round, each beginning with another; every second time through, backwards.
+
+    So all have every place in a round equally often, and whose leavings they find varies as well: the memory that a
+    contestant gave back decides whether the next one of tens of MiB gets fresh pages.
+    """
     count = len(contestants)
-    return [contestants[(start + i) % count] for start in range(rounds) for i in range(count)]
+    order = []
+    for start in range(rounds):
+        turn = [contestants[(start + i) % count] for i in range(count)]
+        order += turn[::-1] if start // count % 2 else turn
+    return order
 
 
 def _run(contestant: Contestant) -> Any:

@@ -54,7 +54,7 @@ class Row:
 WIDTH = 120  # characters; the reason of an absence is cut there, and whole in the JSON file
 
 LEGEND = """\
-ms: median over the rounds. In a round each contestant is timed once, in rotating order, each right after an untimed
+ms: median over the rounds. In a round each contestant is timed once, in varying order, each right after an untimed
 call of its own. ratio: its time / the first contestant's in the same round (above 1 the first is faster), median and
 quartiles over the rounds. compile: XLA's part, tracing and lowering left out. temp, peak: memory by the compiler's
 account."""

@@ -55,7 +55,7 @@ def _forward_jvp(options, primals, tangents):
             dx = jnp.where(where[..., None], dx, 0)
         dtotal = jnp.sum(exps * dx, -1)
         dlse = dtotal / total
-        dloss = (1 - epsilon) * plain.at_label(w, labels) * (dlse - _picked(dx, labels))
+        dloss = (1 - epsilon) * plain.at_label(w, labels) * (dlse - _picked(dx, labels, x.dtype != logits.dtype))
         if epsilon:
             rows = jnp.broadcast_to(w, x.shape)
             dloss += epsilon / x.shape[-1] * (jnp.sum(w) * dlse - jnp.sum(rows * dx, -1))
@@ -77,10 +77,24 @@ def _forward_jvp(options, primals, tangents):
     return (loss, total, shift), (jnp.where(counts, dloss, 0), dtotal, jnp.zeros_like(shift))
 
 
-def _picked(x, labels):
-    """The entry of each row that its label names, 0 if none. By comparison: its transpose fuses, a scatter does not."""
-    is_label = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == labels.astype(jnp.int32)[..., None]
-    return jnp.sum(jnp.where(is_label, x, 0), -1)
+def _picked(x, labels, widened: bool):
+    """The entry of each row that its label names; of a label out of range, any finite one or 0.
+
+    `widened`: whether `x` has a wider dtype than the logits are stored in.
+    """
+
+    def compare(x, labels):  # its transpose is fused into the pass that writes the logits' gradient
+        is_label = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == labels[..., None]
+        return jnp.sum(jnp.where(is_label, x, 0), -1)
+
+    def gather(x, labels):  # its transpose, a scatter of one entry a row, costs a CPU less than comparing all entries
+        return jnp.take_along_axis(x, labels[..., None], -1, mode="clip")[..., 0]
+
+    labels = labels.astype(jnp.int32)
+    # A scatter would stand between a gradient and its rounding to narrower logits: one more array of all entries.
+    if widened or x.shape[-1] < 64:
+        return compare(x, labels)
+    return lax.platform_dependent(x, labels, cpu=gather, default=compare)
 
 
 def _is_zero(tangent) -> bool:
