@@ -22,6 +22,19 @@ def test_the_papers_networks_have_the_stated_numbers_of_parameters(getkey):
     assert sum(sizes(MLP(2, 100, 3, key=getkey()))) == 603
 
 
+@pytest.mark.parametrize("depth, use_bias", [(1, True), (3, True), (1, False)])
+def test_mlp_is_its_layers_one_after_another(getkey, depth, use_bias):
+    model = MLP(2, 7, 3, depth=depth, init="glorot", use_bias=use_bias, key=getkey())
+    x = jr.normal(getkey(), (5, 2))
+    expected = np.asarray(x, np.float64)
+    for number, layer in enumerate(model.layers):
+        expected = expected @ np.asarray(layer.weight, np.float64).T
+        expected += 0 if layer.bias is None else np.asarray(layer.bias, np.float64)
+        expected = np.maximum(expected, 0) if number < depth else expected
+    np.testing.assert_allclose(jax.vmap(model)(x), expected, rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isnan(model(jnp.array([jnp.nan, 0.0]))))
+
+
 def myrtle_by_the_book(model, images):
     """Myrtle5 as the reference describes it, on a batch, from XLA's own convolution and pooling."""
 
