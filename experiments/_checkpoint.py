@@ -109,8 +109,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Where orbax fails, keeps Python from telling on stderr of every array that was still on its way."""
-    usual = sys.unraisablehook
+    """Where orbax fails, keeps it from telling on stderr of every array that was still on its way."""
+    usual, log = sys.unraisablehook, logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else usual(found)
     try:
         yield
@@ -120,6 +122,7 @@ def _hushed() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = usual
+        log.setLevel(level)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:

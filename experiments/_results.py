@@ -231,8 +231,10 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     # An interrupted run can have empty variables, which cannot be compressed.
     encoding = {name: {"zlib": True, "complevel": 1} for name, v in dataset.data_vars.items() if v.size}
+    # In memory first: HDF5 itself may crash the process where a disk is full.
+    content = bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding))
     try:
-        dataset.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -178,5 +178,5 @@ def cpu_seconds_per_update(width: int, curvature: int) -> float:
 
     Fitted to widths 10, 100 and 1000 on two cores. An observation costs as much as some twenty updates.
     """
-    update = 2.5e-5 + 6e-7 * width + 1.2e-9 * width**2
+    update = 1.3e-5 + 1e-6 * width
     return update * (1 + (20 / curvature if curvature else 0)) / jax.device_count()

@@ -21,6 +21,7 @@ from ._results import PACKAGES, file_name, loss_unit, losses, settings, subject
 
 CONFIDENCE = 0.95
 SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
+MOST_SENTENCES = 8  # that a summary begins with, before the tables
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ def write_summary(
 ) -> None:
     """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not.
 
-    The names are those of `_results.file_name`. `more` are lines that `summary.md` has after the tables.
+    The names are those of `_results.file_name`. `more` are lines that `summary.md` has after the tables. It begins with
+    a sentence for every loss, unless there are many: then these are in `summary.json` only.
     """
     outcomes, differences = _rows(summary)
     unit = loss_unit(dataset)
@@ -306,7 +308,8 @@ def write_summary(
     lines = [f"# Static and dynamical loss on {summary.dataset}", ""]
     for notice in summary.notices:
         lines += [f"> **{notice}**", ""]
-    lines += [f"- {c.evidence}" for c in summary.conditions if c.evidence]
+    evidence = [f"- {c.evidence}" for c in summary.conditions if c.evidence]
+    lines += evidence if len(evidence) <= MOST_SENTENCES else []
     lines += ["", f"## Results ({steps or 'nothing was evaluated'})", ""]
     lead = _lead(summary)
     lines += markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", *splits], outcomes)

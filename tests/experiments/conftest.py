@@ -1,3 +1,5 @@
+import contextlib
+import resource
 import signal
 
 import pytest
@@ -12,6 +14,22 @@ def compiled_programs(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
+
+
+@pytest.fixture
+def full_disk():
+    """A context manager inside which no file grows beyond 2000 bytes."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -74,6 +74,16 @@ def test_load_gives_back_what_save_wrote(tmp_path, evaluations):
     assert loaded.accuracy.attrs == dataset.accuracy.attrs
 
 
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, full_disk):
+    """HDF5 writing to it would bring the process down."""
+    save(results(), tmp_path / "results.nc")
+    before = (tmp_path / "results.nc").read_bytes()
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        save(results(seeds=5), tmp_path / "results.nc")
+    assert (tmp_path / "results.nc").read_bytes() == before and len(before) > 2000
+    assert os.listdir(tmp_path) == ["results.nc"]
+
+
 @pytest.mark.parametrize("broken", ["to_netcdf", "replace"])
 def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
     path = tmp_path / "results.nc"
