@@ -150,7 +150,7 @@ def _six_rows(members: xr.Dataset) -> tuple[Figure, dict[str, tuple[Axes, Axes]]
     labels = {
         "weights": "class weight Γ",
         "loss": f"loss F{_unit(members)}",
-        "difference": f"F(t) − F(t + 1)\n{_unit(members)}",
+        "difference": f"F(t) − F(t + 1)\n{_unit(members)}".rstrip(),
         "accuracy": "train accuracy",
         "hessian_max": "largest Hessian\neigenvalue",
         "ntk_max": "largest NTK\neigenvalue",
