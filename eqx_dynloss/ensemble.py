@@ -7,6 +7,7 @@ run is that of `eqx_dynloss.train` alone.
 """
 
 import functools as ft
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -209,7 +210,7 @@ def default_block_size(model: PyTree, platform: str) -> int:
         return 1
     if platform != "cpu":
         return 2**31
-    return 4 if sum(leaf[0].size for leaf in leaves) <= 4096 else 1
+    return 4 if sum(math.prod(leaf.shape[1:]) for leaf in leaves) <= 4096 else 1
 
 
 def _block_size(states: TrainState, given: int | None) -> int:
