@@ -94,7 +94,7 @@ class Compare:
             for contestant in contestants:
                 result = view(_run(contestant))
                 wanted = result if wanted is None else wanted
-                require_agreement(contestant.name, result, wanted, tolerance)
+                require_agreement(contestant.name, result, wanted, contestant.tolerance or tolerance)
 
         if not self.timed:
             self._benchmark.disabled = True  # as with --benchmark-disable: it calls, and neither times nor records

@@ -21,6 +21,7 @@ class Contestant:
     - `compile_s`: seconds of compilation.
     - `temp_bytes`: bytes of temporaries, by the compiler's account.
     - `peak_bytes`: bytes live at the peak, arguments and results included, by the compiler's account.
+    - `tolerance`: how far its results may be off, if that is another bound than the comparison's.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Contestant:
     compile_s: float | None = None
     temp_bytes: int | None = None
     peak_bytes: int | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _join(parts: list[xr.Dataset], dim: str) -> xr.Dataset:
 def cpu_seconds_per_update(width: int, curvature: int) -> float:
     """About how long an update of a member takes on this CPU's cores; for the announced time and the length of chunks.
 
-    Fitted to widths 10, 100 and 1000 on two cores. An observation costs as much as some twenty updates.
+    Fitted to widths 10 to 1000 on one core. An observation costs as much as some twenty updates.
     """
     update = 1.3e-5 + 1e-6 * width
     return update * (1 + (20 / curvature if curvature else 0)) / jax.device_count()
