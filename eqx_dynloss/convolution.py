@@ -20,8 +20,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-_PIXELS_PER_CHUNK = 4096  # of the weight gradient on a CPU: four images of 32×32, which keeps a chunk inside the cache
-
 
 def conv3x3(
     images: Float[Array, "*batch height width in_channels"],
@@ -78,21 +76,46 @@ def _wide_weight_grad(x, dy):
     return dw.transpose(1, 2, 0, 3)
 
 
-def _weight_grad_chunked(x, dy):
-    """The same, summed over chunks of images."""
-    num_images = x.shape[0]
-    chunk = max(1, min(num_images, _PIXELS_PER_CHUNK // (x.shape[1] * x.shape[2])))
+def _weight_grad_cpu(x, dy):
+    """The same, summed over chunks of images that stay in the cache; large images as one matrix product a chunk."""
+    num_images, height, width, channels = x.shape
+    as_product = height * width >= 256 and min(channels, dy.shape[-1]) >= 16
+    wide_grad, pixels = (_weight_product, 2048) if as_product else (_wide_weight_grad, 8192)
+    chunk = max(1, min(num_images, pixels // (height * width)))
     num_chunks = num_images // chunk if num_images else 0
     if num_chunks < 2:
-        return _weight_grad(x, dy)
+        return wide_grad(x, dy).astype(x.dtype)
     first = chunk + num_images % chunk  # what is left over goes with the first chunk
 
     def split(a):
         return a[first:].reshape(num_chunks - 1, chunk, *a.shape[1:])
 
-    total = _wide_weight_grad(x[:first], dy[:first])
+    total = wide_grad(x[:first], dy[:first])
     parts = (split(x), split(dy))
-    return lax.scan(lambda total, part: (total + _wide_weight_grad(*part), None), total, parts)[0].astype(x.dtype)
+    return lax.scan(lambda total, part: (total + wide_grad(*part), None), total, parts)[0].astype(x.dtype)
+
+
+def _weight_product(x, dy):
+    """`_wide_weight_grad` as one product of two matrices with a row for every pixel.
+
+    Images get a column of zeros on their right and a row below, and all pixels become one sequence: a neighbour in
+    column or row is then a fixed number of places away, and lies on zeros where there is none. The nine sums over
+    pixels of x[row + i, column + j]·dy[row, column] are those of x, j places on, times dy, i rows back: three copies of
+    each side by side.
+    """
+    num_images, height, width, _ = x.shape
+    num_pixels = num_images * (height + 1) * (width + 1)
+
+    def three_shifts(a, places):
+        rows = jnp.pad(a, ((0, 0), (0, 1), (0, 1), (0, 0))).reshape(num_pixels, -1)
+        rows = jnp.pad(lax.optimization_barrier(rows), ((places, places), (0, 0)))
+        return jnp.concatenate([rows[i * places : i * places + num_pixels] for i in range(3)], 1)
+
+    # The barriers keep XLA from computing elements one by one where it could copy.
+    shifted = lax.optimization_barrier((three_shifts(x, 1), three_shifts(dy, width + 1)))
+    dtype = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=dtype)
+    return products.reshape(3, x.shape[-1], 3, dy.shape[-1])[:, :, ::-1].transpose(2, 0, 1, 3)
 
 
 def _vary_alike(*operands):
@@ -138,9 +161,7 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
 
 _conv_p = _primitive("conv3x3", _conv, _conv, free_axes=(0, 3), output_axes=(0, 3))
 _input_grad_p = _primitive("conv3x3_input_grad", _input_grad, _input_grad, free_axes=(0, 2), output_axes=(0, 3))
-_weight_grad_p = _primitive(
-    "conv3x3_weight_grad", _weight_grad, _weight_grad_chunked, free_axes=(3, 3), output_axes=(2, 3)
-)
+_weight_grad_p = _primitive("conv3x3_weight_grad", _weight_grad, _weight_grad_cpu, free_axes=(3, 3), output_axes=(2, 3))
 
 ad.defbilinear(_conv_p, lambda ct, x, k: _input_grad_p.bind(ct, k), lambda ct, x, k: _weight_grad_p.bind(x, ct))
 ad.defbilinear(_input_grad_p, lambda ct, dy, k: _conv_p.bind(ct, k), lambda ct, dy, k: _weight_grad_p.bind(ct, dy))
