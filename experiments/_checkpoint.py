@@ -30,9 +30,6 @@ class Checkpoints:
         - `minutes`: the least time from one regular checkpoint to the next; infinite for none.
         - `report`: told, in a sentence, what went wrong with a checkpoint.
         """
-        from orbax import checkpoint as orbax  # here, as its import takes most of a second
-
-        self._orbax: Any = orbax
         self._directory = directory
         self._report = report
         self._seconds = 60 * minutes
@@ -42,6 +39,8 @@ class Checkpoints:
 
     def latest(self) -> tuple[int, dict[str, np.ndarray]] | None:
         """The newest checkpoint that is undamaged, if there is one. Damaged ones are reported, and removed."""
+        if not self._directory.exists():
+            return None
         for step in sorted(self._open().all_steps(), reverse=True):
             try:
                 with _hushed():
@@ -65,10 +64,11 @@ class Checkpoints:
         """Writes a checkpoint, unless there is one of this update. That it cannot be written stops nobody."""
         if step == self._saved:
             return
+        args = _orbax().args
         empty = {name: [array.shape, array.dtype.str] for name, array in arrays.items() if not array.size}
-        content = self._orbax.args.Composite(
-            arrays=self._orbax.args.StandardSave({name: array for name, array in arrays.items() if array.size}),
-            about=self._orbax.args.JsonSave({"digest": _digest(arrays), "empty": empty}),
+        content = args.Composite(
+            arrays=args.StandardSave({name: array for name, array in arrays.items() if array.size}),
+            about=args.JsonSave({"digest": _digest(arrays), "empty": empty}),
         )
         self._last = time.monotonic()
         try:
@@ -90,14 +90,14 @@ class Checkpoints:
 
     def _open(self) -> Any:
         if self._manager is None:
-            options = self._orbax.CheckpointManagerOptions(
+            options = _orbax().CheckpointManagerOptions(
                 max_to_keep=_KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
             )
-            self._manager = self._orbax.CheckpointManager(self._directory.resolve(), options=options)
+            self._manager = _orbax().CheckpointManager(self._directory.resolve(), options=options)
         return self._manager
 
     def _read(self, step: int) -> dict[str, np.ndarray]:
-        args = self._orbax.args
+        args = _orbax().args
         content = args.Composite(arrays=args.StandardRestore(), about=args.JsonRestore())
         found = self._open().restore(step, args=content)
         empty = {name: np.empty(shape, dtype) for name, (shape, dtype) in found.about["empty"].items()}
@@ -105,6 +105,13 @@ class Checkpoints:
         if _digest(arrays) != found.about["digest"]:
             raise ValueError("its contents are not what was written")
         return arrays
+
+
+def _orbax() -> Any:
+    """The library, imported when there is the first checkpoint to read or to write: that takes almost two seconds."""
+    from orbax import checkpoint
+
+    return checkpoint
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import tyro
 import xarray as xr
 
-from . import _data, _directory, _plots, _results, _run, _summary
+from . import _data, _directory, _results, _run
 from ._cifar import PRESETS, Preset, Task, as_many_steps, parse_period
 from ._directory import Run
 from ._run import UsageError, console
@@ -121,6 +121,9 @@ def main(arguments: list[str] | None = None) -> bool:
 
 def report(results: xr.Dataset, directory: Path) -> None:
     """Writes what is to be read and looked at, and prints the table."""
+    # Here: what only the end needs takes seconds to import.
+    from . import _plots, _summary
+
     path = lambda name: directory / _results.file_name(results.attrs["dataset"], name)
     summary = _summary.summarise(results)
     _summary.write_summary(summary, results, directory)

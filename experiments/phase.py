@@ -17,7 +17,7 @@ import xarray as xr
 
 from eqx_dynloss import landscape
 
-from . import _cifar, _data, _directory, _phase_plots, _phase_statistics, _results, _run, _spiral, _summary, _training
+from . import _cifar, _data, _directory, _results, _run, _spiral, _training
 from ._directory import Run
 from ._plan import Plan
 from ._record import History
@@ -237,6 +237,9 @@ def _announce(config: Config, losses: int, members: int, work: str, cpu_seconds:
 
 def report(results: xr.Dataset, directory: Path) -> None:
     """Writes what is to be read and looked at, and prints what it says."""
+    # Here: what only the end needs takes seconds to import.
+    from . import _phase_plots, _phase_statistics, _summary
+
     summary = _summary.summarise(results)
     statistics = _phase_statistics.report(results)
     _summary.write_summary(summary, results, directory, statistics)

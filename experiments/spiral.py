@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 import xarray as xr
 
-from . import _bifurcation, _directory, _dynamics_plots, _results, _run, _static_plots, _summary, _training
+from . import _directory, _results, _run, _training
 from ._directory import Run
 from ._plan import Plan
 from ._record import History
@@ -130,6 +130,9 @@ def train(config: Config, directory: Path) -> xr.Dataset:
 
 def report(results: xr.Dataset, directory: Path, show_seed: int) -> None:
     """Writes what is to be read and looked at, and prints the table."""
+    # Here: what only the end needs takes seconds to import.
+    from . import _bifurcation, _dynamics_plots, _static_plots, _summary
+
     summary = _summary.summarise(results)
     observed = "hessian_max" in results
     _summary.write_summary(summary, results, directory, _bifurcation.report(results) if observed else ())
