@@ -70,7 +70,8 @@ class Compare:
         Contestants are called in rounds, each once a round, in varying order (see `rotated`). Before each timed call
         comes an untimed one of the same contestant, unless calls are long (half a second): what another one left in
         the caches would otherwise decide about short calls. Compilation is over by then, and the first call, which is
-        the one checked, is never timed.
+        the one checked, is never timed. Where all calls are long, the rehearsal, which tells how many rounds there is
+        time for, is itself the first round.
 
         **Arguments:**
 
@@ -103,9 +104,13 @@ class Compare:
         agree()
         rehearsal = [_seconds_of_a_call(contestant) for contestant in contestants]
         untimed = max(rehearsal) < LONG_CALL_S
+        counts = min(rehearsal) >= LONG_CALL_S
         rounds = int(np.clip(budget_s / (sum(rehearsal) * (1 + untimed)), min_rounds, max(min_rounds, MAX_ROUNDS)))
         order = rotated(contestants, rounds)
-        seconds = self._time(order, untimed)
+        if counts:
+            seconds = rehearsal + self._time(order[len(contestants) :], untimed)
+        else:
+            seconds = self._time(order, untimed)
         times = {c.name: np.array([t for who, t in zip(order, seconds, strict=True) if who is c]) for c in contestants}
         first = times[contestants[0].name]
         rows = [
@@ -202,7 +207,7 @@ def _run(contestant: Contestant) -> Any:
 
 
 def _seconds_of_a_call(contestant: Contestant) -> float:
-    """About how long it takes: the longest of a few, so that a round takes no longer than planned; of one, if long."""
+    """About how long it takes: the longest of a few, so that rounds take no longer than planned; the first, if long."""
     longest = 0.0
     for _ in range(REHEARSALS):
         start = time.perf_counter()

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
+from experiments._run import use_all_cores
+
 from .comparison import INTERLEAVED, Compare, Record
 from .environment import copy_gigabytes_per_second, environment
 from .report import Row, summary
@@ -35,6 +37,7 @@ def pytest_configure(config):
         return
     if config.getoption("benchmark_disable") or config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark times one thing after another: not with --benchmark-disable or -n.")
+    use_all_cores()  # as the experiments do; who is timed on one device asks for it
     if config.option.benchmark_json is None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         config.option.benchmark_json = config.rootpath / "results" / f"benchmark-{now}.json"

@@ -2,11 +2,10 @@
 
 All make the same updates (weighted cross-entropy, Nesterov momentum) of the same members on the same minibatch, in
 float32, and return every loss. Each opponent is written as its users would: a jitted step in a Python loop over members
-and updates, the same step under `vmap`, PyTorch with one network after another (channels last), and PyTorch's stacked
-parameters under `torch.func.vmap`.
+and updates, the same step under `vmap`, PyTorch with one network after another (channels last; eager and by
+`torch.compile`), and PyTorch's stacked parameters under `torch.func.vmap`.
 """
 
-import importlib
 from typing import Any
 
 import jax
@@ -22,48 +21,63 @@ from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
 
+from . import torch_training
 from .comparison import Compare, Work
-from .contestant import Absent, Contestant
+from .contestant import Contestant
 
 AMPLITUDE, PERIOD, RATE, MOMENTUM = 10.0, 10, 0.01, 0.9
 MICROBATCH = 8  # images, as in the experiments on a CPU
 TOLERANCE = 1e-4  # of losses after a few updates in float32
+OPPONENTS = {  # the slower ones where a call takes not too long
+    (4, 128): ("ours, one device", "jitted step", "torch", "torch.compile", "torch.func.vmap"),
+    (2, 512): ("jitted step", "torch"),
+    (4, 16): ("vmapped step",),
+}
 
 
-@pytest.mark.parametrize("members, batch", [(4, 128), (2, 512)])
+@pytest.mark.parametrize("members, batch", OPPONENTS)
 def test_training_on_images(compare: Compare, members: int, batch: int):
+    opponents = OPPONENTS[members, batch]
     width, size, steps = (64, 32, 1) if compare.timed else (4, 8, 2)
-    slow = batch == 128  # the two that are slow are not waited for twice
     batch = batch if compare.timed else 8
-    rng = np.random.default_rng(0)
-    data = Dataset(
-        jnp.asarray(rng.standard_normal((batch, size, size, 3), np.float32)),
-        jnp.asarray(rng.integers(0, 10, batch, np.int32)),
-    )
-    keys = jax.random.split(jax.random.key(0), members)
+    data, keys = minibatch(batch, size), jax.random.split(jax.random.key(0), members)
     models = [Myrtle(width, key=jax.random.split(key)[0]) for key in keys]  # the same as `ensemble.init` makes
-    entrants = [
-        ours(data, keys, width, steps),
-        python_loop(data, models, steps),
-        *([naive_vmap(data, models, steps)] if slow else []),
-        torch_sequential(data, models, steps),
-        *([torch_vmap(data, models, steps)] if slow else []),
-    ]
+    task = torch_training.Task(data, models, OscillatingWeights(10, AMPLITUDE, PERIOD), steps, RATE, MOMENTUM)
+    entrants = {
+        "ours, one device": lambda name: ours(name, data, keys, width, steps, jax.devices()[:1]),
+        "jitted step": lambda name: python_loop(name, data, models, steps),
+        "vmapped step": lambda name: naive_vmap(name, data, models, steps),
+        "torch": lambda name: torch_training.sequential(task, name),
+        "torch.compile": lambda name: torch_training.sequential(task, name, compiled=True),
+        "torch.func.vmap": lambda name: torch_training.stacked(task, name),
+    }
+    if not compare.timed or jax.default_backend() != "cpu":
+        del entrants["torch.compile"]  # compiles for half a minute
+    if jax.device_count() == 1:
+        del entrants["ours, one device"]
     compare(
-        f"training Myrtle5-{width}, float32",
-        f"{members} members x minibatch {batch} on {jax.device_count()} device(s)",
-        entrants,
+        f"training Myrtle5-{width}, float32, on {jax.device_count()} device(s)",
+        f"{members} members x minibatch {batch}",
+        [ours("ours", data, keys, width, steps), *(make(name) for name, make in entrants.items() if name in opponents)],
         tolerance=TOLERANCE,
         work=Work(members * batch * steps, "images", "one update on one image of one member"),
         min_rounds=3,
     )
 
 
-def ours(data: Dataset, keys: jax.Array, width: int, steps: int) -> Contestant:
-    """All members in one program, on all devices."""
+def minibatch(batch: int, size: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    return Dataset(
+        jnp.asarray(rng.standard_normal((batch, size, size, 3), np.float32)),
+        jnp.asarray(rng.integers(0, 10, batch, np.int32)),
+    )
+
+
+def ours(name: str, data: Dataset, keys: jax.Array, width: int, steps: int, devices: Any = None) -> Contestant:
+    """All members in one program, on all devices or on those given."""
     losses = DynamicalLoss(OscillatingWeights(10, np.full(len(keys), AMPLITUDE), PERIOD))
     optimiser = optax.sgd(RATE, MOMENTUM, nesterov=True)
-    start = ensemble.init(lambda key: Myrtle(width, key=key), optimiser, keys)
+    start = ensemble.init(lambda key: Myrtle(width, key=key), optimiser, keys, devices=devices)
     everywhere = ensemble.replicate(data, start)
     microbatch_size = MICROBATCH if jax.default_backend() == "cpu" else None
 
@@ -73,7 +87,7 @@ def ours(data: Dataset, keys: jax.Array, width: int, steps: int) -> Contestant:
             states, losses, optimiser, everywhere, num_steps=steps, microbatch_size=microbatch_size
         )[1].loss
 
-    return Contestant("ours", call)
+    return Contestant(name, call)
 
 
 def parameters_of(model: Myrtle) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def naive_step(data: Dataset):
     return step, optimiser
 
 
-def python_loop(data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
+def python_loop(name: str, data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
     """One jitted step, one member after another."""
     step, optimiser = naive_step(data)
     jitted: Any = jax.jit(step)
@@ -128,10 +142,10 @@ def python_loop(data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
                 parameters, opt_state, losses[member, t] = jitted(parameters, opt_state, t)
         return losses
 
-    return Contestant("jitted step", call)
+    return Contestant(name, call)
 
 
-def naive_vmap(data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
+def naive_vmap(name: str, data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
     """The same step mapped over members."""
     step, optimiser = naive_step(data)
     jitted: Any = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
@@ -144,98 +158,4 @@ def naive_vmap(data: Dataset, models: list[Myrtle], steps: int) -> Contestant:
             losses.append(loss)
         return jnp.stack(losses, 1)
 
-    return Contestant("vmapped step", call)
-
-
-def torch_networks(data: Dataset, models: list[Myrtle], torch: Any) -> list[Any]:
-    """Myrtle5 in PyTorch with the parameters of each model."""
-    nn, networks = torch.nn, []
-    for model in models:
-        layers = []
-        for number, layer in enumerate(model.convolutions):
-            kernel = np.asarray(layer.kernel).transpose(3, 2, 0, 1)
-            convolution = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
-            convolution.weight.data = torch.tensor(kernel)
-            convolution.bias.data = torch.tensor(np.asarray(layer.bias))
-            layers += [convolution, nn.ReLU(), *([nn.AvgPool2d(2)] if number in (1, 2) else [])]
-        head = nn.Linear(model.head.in_features, model.head.out_features)
-        head.weight.data = torch.tensor(np.asarray(model.head.weight))
-        head.bias.data = torch.tensor(np.asarray(model.head.bias))
-        pooled = nn.AvgPool2d(data.inputs.shape[1] // 4)  # of all that is left; adaptive pooling is slow under vmap
-        network = nn.Sequential(*layers, pooled, nn.Flatten(), head)
-        networks.append(network.to(memory_format=torch.channels_last))
-    return networks
-
-
-def torch_problem(data: Dataset, torch: Any, steps: int) -> tuple[Any, Any, Any]:
-    """Images `[batch, 3, height, width]`, channels last in memory, labels, and the class weights of every step."""
-    images = torch.tensor(np.asarray(data.inputs).transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
-    weights = jax.vmap(OscillatingWeights(10, AMPLITUDE, PERIOD))(jnp.arange(steps))
-    return images, torch.tensor(np.asarray(data.labels)).long(), torch.tensor(np.asarray(weights))
-
-
-def torch_module() -> Any | str:
-    """PyTorch, or why it cannot take part: on a GPU these contestants are not written for it."""
-    if jax.default_backend() != "cpu":
-        return "compared on CPUs only"
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        return "not installed"
-
-
-def torch_sequential(data: Dataset, models: list[Myrtle], steps: int) -> Contestant | Absent:
-    """One network after another, eager."""
-    torch = torch_module()
-    if isinstance(torch, str):
-        return Absent("torch", torch)
-    images, labels, weights = torch_problem(data, torch, steps)
-    networks = torch_networks(data, models, torch)
-    starts = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
-
-    def call():
-        losses = np.zeros((len(networks), steps), np.float32)
-        for member, (network, start) in enumerate(zip(networks, starts, strict=True)):
-            network.load_state_dict(start)
-            optimiser = torch.optim.SGD(network.parameters(), RATE, MOMENTUM, nesterov=True)
-            for t in range(steps):
-                optimiser.zero_grad()
-                nll = torch.nn.functional.cross_entropy(network(images), labels, reduction="none")
-                loss = (nll * weights[t][labels]).mean()
-                loss.backward()
-                optimiser.step()
-                losses[member, t] = loss.item()
-        return losses
-
-    return Contestant("torch", call)
-
-
-def torch_vmap(data: Dataset, models: list[Myrtle], steps: int) -> Contestant | Absent:
-    """Stacked parameters, `torch.func.vmap` over members."""
-    torch = torch_module()
-    if isinstance(torch, str):
-        return Absent("torch.func.vmap", torch)
-    images, labels, weights = torch_problem(data, torch, steps)
-    networks = torch_networks(data, models, torch)
-    stacked, _ = torch.func.stack_module_state(networks)
-
-    def loss_of(parameters, t):
-        logits = torch.func.functional_call(networks[0], parameters, (images,))
-        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return (nll * weights[t][labels]).mean()
-
-    value_and_grad = torch.func.vmap(torch.func.grad_and_value(loss_of), in_dims=(0, None))
-
-    def call():
-        parameters = {name: value.detach().clone() for name, value in stacked.items()}
-        optimiser = torch.optim.SGD(parameters.values(), RATE, MOMENTUM, nesterov=True)
-        losses = []
-        for t in range(steps):
-            gradients, loss = value_and_grad(parameters, t)
-            for name, value in parameters.items():
-                value.grad = gradients[name]
-            optimiser.step()
-            losses.append(loss.detach())
-        return torch.stack(losses, 1)
-
-    return Contestant("torch.func.vmap", call)
+    return Contestant(name, call)

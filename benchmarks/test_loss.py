@@ -51,6 +51,8 @@ def test_loss(compare: Compare, workload: Workload, dtype: str):
         expected=reference(logits, labels, weights, checked),
         view=lambda result: (result[0], result[1][..., checked, :]),
         work=Work(2 * logits.nbytes / 1e9, "GB", COUNTED),
+        budget_s=3.0,
+        min_rounds=9,
     )
 
 

@@ -31,11 +31,16 @@ def test_training_on_the_spiral(compare: Compare):
     with jax.enable_x64(True):
         data = spiral(0)
         keys = jax.random.split(jax.random.key(0), members)
-        entrants = [ours(data, keys, steps), scans(data, keys, steps), authors_loop(data, keys, steps)]
+        several = [ours("ours", data, keys, steps, jax.devices())] if jax.device_count() > 1 else []
         compare(
-            "training on the spiral (2-100-3, 300 points, full batch, float64)",
-            f"{members} members x {steps} updates on {jax.device_count()} device(s)",
-            entrants,
+            f"training on the spiral (2-100-3, 300 points, full batch, float64), on {jax.device_count()} device(s)",
+            f"{members} members x {steps} updates",
+            [
+                *several,
+                ours("ours, one device" if several else "ours", data, keys, steps, jax.devices()[:1]),
+                scans(data, keys, steps),
+                authors_loop(data, keys, steps),
+            ],
             tolerance=TOLERANCE,
             work=Work(members * steps, "member-updates", "one update of one member"),
             min_rounds=9,
@@ -46,11 +51,11 @@ def make_mlp(key):
     return MLP(2, WIDTH, 3, key=key)
 
 
-def ours(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
-    """All members in one program, on all devices."""
+def ours(name: str, data: Dataset, keys: jax.Array, steps: int, devices: list[jax.Device]) -> Contestant:
+    """All members in one program."""
     schedule = OscillatingWeights(3, np.full(len(keys), AMPLITUDE), PERIOD, inclusive_period=True)
     losses, optimiser = DynamicalLoss(schedule), optax.sgd(1.0)
-    start = ensemble.init(make_mlp, optimiser, keys)
+    start = ensemble.init(make_mlp, optimiser, keys, devices=devices)
     everywhere = ensemble.replicate(data, start)
 
     def call():
@@ -58,7 +63,7 @@ def ours(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
         _, metrics, _, _ = ensemble.train_chunk(states, losses, optimiser, everywhere, num_steps=steps)
         return metrics.loss
 
-    return Contestant("ours", call)
+    return Contestant(name, call)
 
 
 def scans(data: Dataset, keys: jax.Array, steps: int) -> Contestant:

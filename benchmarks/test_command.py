@@ -1,0 +1,81 @@
+"""`python -m experiments.cifar` beside its compiled program: how soon it trains, and how much of its time it does."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import pytest
+
+from eqx_dynloss import ensemble
+from experiments import _data, _training
+from experiments._cifar import PRESETS, Task
+
+from .report import Row
+
+START = "From the command to the end of the first chunk of training: quick preset, 2 seeds, scikit-learn's digits"
+SHARE = "Time of a chunk: the compiled program, and the training loop around it (quick preset, 2 seeds, digits)"
+FLAGS = "--dataset digits --seeds 2 --epochs 4 --evaluations 4".split()  # four chunks, each reported
+
+
+def test_time_to_the_first_chunk(record, tmp_path):
+    """The first start compiles; the second finds what the first has compiled."""
+    if not record.timed:
+        pytest.skip("takes as long where nothing is timed; the command has tests of its own")
+
+    def seconds(name: str) -> float:
+        command = [sys.executable, "-u", "-m", "experiments.cifar", *FLAGS, "--out", str(tmp_path / name)]
+        variables = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+        start = time.perf_counter()
+        with subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as it:
+            assert it.stdout is not None
+            trained = any(line.startswith("update ") for line in it.stdout)
+            end = time.perf_counter()
+            it.kill()
+        assert trained, "the command has not trained"
+        return end - start
+
+    def find_out() -> list[Row]:
+        first, second = seconds("first"), seconds("second")
+        return [
+            Row(START, "a start", "nothing compiled yet", rounds=1, seconds=first, ratio=(1.0, 1.0, 1.0)),
+            Row(START, "a start", "all compiled before", rounds=1, seconds=second, ratio=(second / first,) * 3),
+        ]
+
+    record(find_out)
+
+
+def test_share_of_the_compiled_program(record):
+    """What is around the program: dispatch, fetching of metrics, reports. Checkpoints, every few minutes, are not."""
+    preset = dataclasses.replace(PRESETS["quick"], epochs=4, evaluations=4)
+    if not record.timed:
+        preset = dataclasses.replace(preset, width=4, epochs=2)
+    task = Task.of(preset, _data.load("digits", None, report=lambda message: None), num_seeds=2)
+    real, spans = ensemble.train_chunk, []
+
+    def timed_chunk(*args, **options):
+        start = time.perf_counter()
+        results = jax.block_until_ready(real(*args, **options))
+        spans.append((start, time.perf_counter()))
+        return results
+
+    def find_out() -> list[Row]:
+        with mock.patch.object(ensemble, "train_chunk", timed_chunk):
+            _training.train(task.members, task.train_data, task.splits, task.plan)
+        (_, begin), (_, end) = spans[0], spans[-1]  # from the end of the first chunk, which compiles
+        inside = sum(stop - start for start, stop in spans[1:])
+        chunks = len(spans) - 1
+        whole = (end - begin) / chunks
+        return [
+            Row(SHARE, f"{chunks} chunks", "compiled program", None, chunks, inside / chunks, (1.0, 1.0, 1.0)),
+            Row(SHARE, f"{chunks} chunks", "loop around it", None, chunks, whole, (whole * chunks / inside,) * 3),
+        ]
+
+    program, loop = record(find_out)
+    assert program.seconds <= loop.seconds
