@@ -54,7 +54,7 @@ def test_loss(compare: Compare, workload: Workload, dtype: str):
         view=lambda result: (result[0], result[1][..., checked, :]),
         work=Work(2 * logits.nbytes / 1e9, "GB", COUNTED),
         budget_s=2.0,
-        min_rounds=9,
+        min_rounds=7,
     )
 
 

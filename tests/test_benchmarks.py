@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import scaling
 from benchmarks.agreement import require_agreement
 from benchmarks.comparison import rotated
 from benchmarks.contestant import Contestant, jitted
@@ -22,6 +23,7 @@ from benchmarks.device_time import busy_seconds, device_seconds
 from benchmarks.environment import environment
 from benchmarks.report import Row, summary
 from benchmarks.workloads import ACCELERATOR_LOGITS, WORKLOADS
+from experiments._cifar import flops_per_image
 
 ROOT = Path(__file__).parents[1]
 VARYING = "abc" + "bca" + "cab" + "cba" + "acb" + "bac"  # the order of calls of three contestants, over and over
@@ -288,3 +290,21 @@ def test_workloads(workload):
 
 def test_names_of_workloads_are_unique():
     assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS)
+
+
+def test_scaling_is_measured_and_drawn(tmp_path):
+    """On small problems: every number of members on one device and on all, and a figure with a curve for each width."""
+    points = scaling.measure([3, 4], [1, 2], seconds=0.0, size=8)
+    several = [2] if jax.device_count() > 1 else []
+    found = [(point.width, point.members, point.devices) for point in points]
+    assert found == [(width, *rest) for width in (3, 4) for rest in [(1, 1), (2, 1), *((2, n) for n in several)]]
+    assert all(len(point.images_per_second) == scaling.ROUNDS and min(point.images_per_second) > 0 for point in points)
+    points += [scaling.Point(4, 2, 2, [30.0, 10.0, 20.0])]
+    figure: Any = scaling.draw(points, tmp_path / "scaling.png", "a machine")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    images, operations = figure.axes
+    assert [line.get_label() for line in images.containers] == [
+        "width 3, 1 device", "width 4, 2 devices", "width 4, 1 device",
+    ]  # fmt: skip
+    assert images.containers[1].lines[0].get_ydata() == [20.0]
+    assert operations.containers[1].lines[0].get_ydata() == pytest.approx([20.0 * flops_per_image(4) / 1e9])
