@@ -27,6 +27,7 @@ from .contestant import Contestant
 
 AMPLITUDE, PERIOD, RATE, MOMENTUM = 10.0, 10, 0.01, 0.9
 MICROBATCH = 8  # images, as in the experiments on a CPU
+ROUNDS = {16: 2, 128: 3, 512: 1}  # with 512 images a call of the jitted step takes as long as 20 seconds
 TOLERANCE = 1e-4  # of losses after a few updates in float32
 OPPONENTS = {  # the slower ones where a call takes not too long
     (4, 128): ("jitted step", "torch", "torch.compile", "torch.func.vmap"),
@@ -39,8 +40,8 @@ OPPONENTS = {  # the slower ones where a call takes not too long
 def test_training_on_images(compare: Compare, members: int, batch: int):
     opponents = OPPONENTS[members, batch]
     width, size, steps = (64, 32, 1) if compare.timed else (4, 8, 2)
-    batch = batch if compare.timed else 8
-    data, keys = minibatch(batch, size), jax.random.split(jax.random.key(0), members)
+    images = batch if compare.timed else 8
+    data, keys = minibatch(images, size), jax.random.split(jax.random.key(0), members)
     models = [Myrtle(width, key=jax.random.split(key)[0]) for key in keys]  # the same as `ensemble.init` makes
     task = torch_training.Task(data, models, OscillatingWeights(10, AMPLITUDE, PERIOD), steps, RATE, MOMENTUM)
     entrants = {
@@ -54,11 +55,11 @@ def test_training_on_images(compare: Compare, members: int, batch: int):
         del entrants["torch.compile"]  # compiles for half a minute
     compare(
         f"training Myrtle5-{width}, float32, on {jax.device_count()} device(s)",
-        f"{members} members x minibatch {batch}",
+        f"{members} members x minibatch {images}",
         [ours("ours", data, keys, width, steps), *(make(name) for name, make in entrants.items() if name in opponents)],
         tolerance=TOLERANCE,
-        work=Work(members * batch * steps, "images", "one update on one image of one member"),
-        min_rounds=1 if batch == 512 else 3,  # there a call of the jitted step takes as long as 20 seconds
+        work=Work(members * images * steps, "images", "one update on one image of one member"),
+        min_rounds=ROUNDS[batch],
     )
 
 

@@ -26,21 +26,23 @@ def test_one_program_for_any_number_of_members(record):
     data, optimiser = minibatch(batch, 32), optax.sgd(0.01, 0.9, nesterov=True)
     make_model = lambda key: Myrtle(width, key=key)
 
-    def compile_for(members: int) -> tuple[float, int]:
-        """Seconds of tracing and compilation, and bytes at the peak that are not the states of the members."""
+    def arguments(members: int) -> tuple[Any, ...]:
         keys = jax.random.split(jax.random.key(0), members)
         losses = DynamicalLoss(OscillatingWeights(10, np.full(members, 10.0), 10))
         states = ensemble.init(make_model, optimiser, keys, devices=jax.devices()[:1])
+        return states, losses, optimiser, ensemble.replicate(data, states)
+
+    def compile_for(states, *rest) -> tuple[float, int]:
+        """Seconds of tracing and compilation, and bytes at the peak that are not the states of the members."""
         own = sum(leaf.nbytes for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array))
-        everywhere = ensemble.replicate(data, states)
         jax.clear_caches()
         start = time.perf_counter()
-        options: Any = {"num_steps": 4, "batch_size": batch, "microbatch_size": MICROBATCH}
-        peak = ensemble.peak_memory(states, losses, optimiser, everywhere, **options)
+        peak = ensemble.peak_memory(states, *rest, num_steps=4, batch_size=batch, microbatch_size=MICROBATCH)
         return time.perf_counter() - start, peak - own
 
     def find_out() -> list[Row]:
-        found = [[compile_for(members) for members in sizes] for _ in range(rounds)]
+        problems = [arguments(members) for members in sizes]
+        found = [[compile_for(*problem) for problem in problems] for _ in range(rounds)]
         seconds = np.array([[seconds for seconds, _ in row] for row in found])
         low, middle, high = np.quantile(seconds / seconds[:, :1], (0.25, 0.5, 0.75), 0)
         return [

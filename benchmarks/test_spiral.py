@@ -28,7 +28,7 @@ TOLERANCE = 1e-9
 
 
 def test_training_on_the_spiral(compare: Compare):
-    members, steps = (64, 25) if compare.timed else (2, 3)
+    members, steps = (64, 15) if compare.timed else (2, 3)
     with jax.enable_x64(True):
         data = spiral(0)
         keys = jax.random.split(jax.random.key(0), members)

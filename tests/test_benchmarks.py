@@ -33,6 +33,7 @@ EXAMPLE = """
 import time
 from pathlib import Path
 
+import pytest
 from benchmarks.comparison import Work
 from benchmarks.contestant import Absent, Contestant
 
@@ -59,6 +60,11 @@ def test_all_but_agreement(compare):
 
 def test_without_comparison(benchmark):
     benchmark(sum, [1, 2])
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_long_calls(compare, monkeypatch, rounds):
+    monkeypatch.setattr("benchmarks.comparison.LONG_CALL_S", 0.0)
+    compare("sleep", f"{rounds} long", [sleeper("l", 0.01), sleeper("m", 0.01)], budget_s=0, min_rounds=rounds)
 """
 
 
@@ -87,7 +93,7 @@ def timed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("timed")
     write_example(folder)
     done = run_pytest("-p", "benchmarks.conftest", "--benchmark", cwd=folder)
-    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 5 passed" in done.stdout, done.stdout + done.stderr
     return Run(folder, done.stdout)
 
 
@@ -99,7 +105,7 @@ def untimed(tmp_path_factory):
     (folder / "inner" / "pytest.ini").rename(folder / "pytest.ini")
     (folder / "inner" / "conftest.py").write_text("from benchmarks.conftest import *", encoding="utf-8")
     done = run_pytest(cwd=folder)
-    assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 5 passed" in done.stdout, done.stdout + done.stderr
     return Run(folder, done.stdout)
 
 
@@ -111,7 +117,15 @@ def report(timed):
 
 def test_the_flag_is_off_unless_given(untimed):
     """Every contestant is called once, nothing is timed and nothing is written."""
-    assert (untimed.folder / "calls").read_text().split() == ["fast", "slow", "same", "one", "two", "one", "two"]
+    assert (untimed.folder / "calls").read_text().split() == [
+        "fast",
+        "slow",
+        "same",
+        "one",
+        "two",
+        "one",
+        "two",
+    ] + 2 * ["l", "m"]
     assert not (untimed.folder / "results").exists()
     assert "= benchmarks =" not in untimed.stdout
     assert "test_sleepers" not in untimed.stdout  # in pytest-benchmark's own table
@@ -146,6 +160,12 @@ def test_rounds_are_interleaved(timed, report):
     assert len(data) == 3 * rounds
     first = [seconds for name, seconds in zip(order, data, strict=True) if name == names[0]]
     assert np.median(first) == report["rows"][0]["seconds"]
+
+
+def test_the_rehearsal_of_long_calls_is_the_first_round(timed, report):
+    calls = (timed.folder / "calls").read_text().split()
+    assert "".join(calls[calls.index("l") :]) == "lm" + "lm" + "lm" + "lm" + "ml" + "ml"  # each: checked, then timed
+    assert {row["case"]: row["rounds"] for row in report["rows"] if "long" in row["case"]} == {"1 long": 1, "3 long": 3}
 
 
 def test_contestants_that_disagree_fail(timed, untimed, report):
