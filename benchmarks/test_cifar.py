@@ -27,7 +27,7 @@ from .contestant import Contestant
 
 AMPLITUDE, PERIOD, RATE, MOMENTUM = 10.0, 10, 0.01, 0.9
 MICROBATCH = 8  # images, as in the experiments on a CPU
-ROUNDS = {16: 2, 128: 3, 512: 1}  # with 512 images a call of the jitted step takes as long as 20 seconds
+ROUNDS = {16: 2, 128: 2, 512: 1}  # with 512 images a call of the jitted step takes as long as 20 seconds
 TOLERANCE = 1e-4  # of losses after a few updates in float32
 OPPONENTS = {  # the slower ones where a call takes not too long
     (4, 128): ("jitted step", "torch", "torch.compile", "torch.func.vmap"),

@@ -44,7 +44,7 @@ def test_training_on_the_spiral(compare: Compare):
             ],
             tolerance=TOLERANCE,
             work=Work(members * steps, "member-updates", "one update of one member"),
-            min_rounds=3,
+            min_rounds=2,
         )
 
 
