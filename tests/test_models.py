@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from eqx_dynloss.models import MLP, Myrtle
+from eqx_dynloss.models import MLP, Convolution, Myrtle
 
 from .helpers import tree_allclose, undecorated
 
@@ -92,6 +92,12 @@ def test_myrtle_initialisation_is_he_normal_with_zero_biases(getkey):
         assert np.isclose(np.var(layer.kernel), 2 / (9 * 64), rtol=0.03)
         assert not np.any(layer.bias)
     assert np.isclose(np.var(model.head.weight), 2 / 64, rtol=0.2)
+
+
+def test_a_kernel_is_what_jaxs_initialiser_draws_with_all_four_axes(getkey):
+    key = getkey()
+    layer = Convolution(3, 5, key=key)
+    assert tree_allclose(layer.kernel, jax.nn.initializers.he_normal()(key, (3, 3, 3, 5), float), rtol=0, atol=0)
 
 
 def test_keys_decide_the_parameters(getkey):

@@ -133,6 +133,13 @@ def test_a_cache_that_cannot_be_written_is_left_out():
     assert compiled("/proc/nowhere") == 0  # JAX does not even look for it
 
 
+@pytest.mark.parametrize("command", ["cifar", "spiral", "phase"])
+def test_a_command_starts_without_what_only_its_end_needs(command):
+    program = f"import sys, experiments.{command}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "scipy.stats", "orbax.checkpoint", "tensorflow_datasets"} & set(done.stdout.split())
+
+
 def test_paths_are_printed_as_they_are(capsys):
     _run.console.print("results/[red]x[/y] :smile: " + "long/" * 60)
     assert capsys.readouterr().out == "results/[red]x[/y] :smile: " + "long/" * 60 + "\n"
