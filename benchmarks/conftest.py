@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+import jax
 import pytest
 
 from experiments._run import use_all_cores
@@ -50,6 +51,17 @@ def copy_rate(request):
         return None
     request.config.stash[COPY_RATE] = copy_gigabytes_per_second()
     return request.config.stash[COPY_RATE]
+
+
+@pytest.fixture
+def quick_compilation(request):
+    """Has LLVM optimise little where nothing is timed: most of the time that a small problem takes is compilation."""
+    if request.config.getoption("--benchmark"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from . import torch_training
 from .comparison import Compare, Work
 from .contestant import Contestant
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 AMPLITUDE, PERIOD, RATE, MOMENTUM = 10.0, 10, 0.01, 0.9
 MICROBATCH = 8  # images, as in the experiments on a CPU
 ROUNDS = {16: 2, 128: 2, 512: 1}  # with 512 images a call of the jitted step takes as long as 20 seconds

@@ -16,6 +16,8 @@ from experiments._cifar import PRESETS, Task
 
 from .report import Row
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 START = "From the command to the end of the first chunk of training: quick preset, 2 seeds, scikit-learn's digits"
 SHARE = "Time of a chunk: the compiled program, and the training loop around it (quick preset, 1 seed, digits)"
 FLAGS = "--dataset digits --seeds 2 --epochs 4 --evaluations 4".split()  # four chunks, each reported

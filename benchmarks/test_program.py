@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 
 from eqx_dynloss import ensemble
 from eqx_dynloss.loss import DynamicalLoss
@@ -17,6 +18,8 @@ from eqx_dynloss.schedule import OscillatingWeights
 
 from .report import Row
 from .test_cifar import MICROBATCH, minibatch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SUBJECT = "The program of a chunk of training: Myrtle5-64, minibatch 512, one device; memory beyond the members' states"
 

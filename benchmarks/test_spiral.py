@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from eqx_dynloss import ensemble, train
 from eqx_dynloss.loss import DynamicalLoss
@@ -22,6 +23,8 @@ from experiments._spiral import spiral
 
 from .comparison import Compare, Work
 from .contestant import Contestant
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 AMPLITUDE, PERIOD, WIDTH = 70.0, 5000, 100
 TOLERANCE = 1e-9
