@@ -46,7 +46,7 @@ def test_time_to_the_first_chunk(record, tmp_path):
     def find_out() -> list[Row]:
         first, second = seconds("first"), seconds("second")
         return [
-            Row(START, "a start", "nothing compiled yet", rounds=1, seconds=first, ratio=(1.0, 1.0, 1.0)),
+            Row(START, "a start", "nothing compiled yet", rounds=1, seconds=first, ratio=same(1.0)),
             Row(START, "a start", "all compiled before", rounds=1, seconds=second, ratio=same(second / first)),
         ]
 
@@ -71,12 +71,13 @@ def test_share_of_the_compiled_program(record):
         with mock.patch.object(ensemble, "train_chunk", timed_chunk):
             _training.train(task.members, task.train_data, task.splits, task.plan)
         (_, begin), (_, end) = spans[0], spans[-1]  # from the end of the first chunk, which compiles
-        inside = sum(stop - start for start, stop in spans[1:])
         chunks = len(spans) - 1
+        program = sum(stop - start for start, stop in spans[1:]) / chunks
         whole = (end - begin) / chunks
+        case = f"{chunks} chunks"
         return [
-            Row(SHARE, f"{chunks} chunks", "compiled program", None, chunks, inside / chunks, (1.0, 1.0, 1.0)),
-            Row(SHARE, f"{chunks} chunks", "loop around it", None, chunks, whole, same(whole * chunks / inside)),
+            Row(SHARE, case, "compiled program", rounds=chunks, seconds=program, ratio=same(1.0)),
+            Row(SHARE, case, "loop around it", rounds=chunks, seconds=whole, ratio=same(whole / program)),
         ]
 
     program, loop = record(find_out)

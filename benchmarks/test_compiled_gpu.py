@@ -104,18 +104,20 @@ def test_convolution_forms(record):
     def plain(x, k):
         return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
+    def windows(x):
+        padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        return [padded[:, :, i : i + size, j : j + size] for i in range(3) for j in range(3)]
+
+    def product(x, matrices):
+        return jnp.einsum("snhwi,sio->snhwo", x, matrices)
+
     def products(x, k):
         """A product of matrices for each of the nine places of the kernel."""
-        padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        window = lambda i, j: padded[:, :, i : i + size, j : j + size]
-        return sum(jnp.einsum("snhwi,sio->snhwo", window(i, j), k[:, i, j]) for i in range(3) for j in range(3))
+        return sum(product(window, k[:, n // 3, n % 3]) for n, window in enumerate(windows(x)))
 
     def patches(x, k):
         """One product of matrices a member, with the nine neighbours of every pixel side by side."""
-        padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        window = lambda i, j: padded[:, :, i : i + size, j : j + size]
-        columns = jnp.concatenate([window(i, j) for i in range(3) for j in range(3)], -1)
-        return jnp.einsum("snhwi,sio->snhwo", columns, k.reshape(MEMBERS, 9 * WIDTH, WIDTH))
+        return product(jnp.concatenate(windows(x), -1), k.reshape(MEMBERS, 9 * WIDTH, WIDTH))
 
     forms = {
         "ours, mapped": jax.vmap(conv3x3),

@@ -12,6 +12,7 @@ import numpy as np
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
+from experiments._prepare import brief
 
 from .contestant import Absent, Contestant
 
@@ -66,7 +67,7 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
                 warnings.simplefilter("ignore")  # such as that guards are slower with Python 3.13.0
                 call()
         except Exception as error:  # no C++ compiler is one of many ways in which it does not work
-            return Absent(name, f"does not work here: {str(error).strip().splitlines()[0]}")
+            return Absent(name, f"does not work here: {brief(error)}")
     return Contestant(name, call)
 
 

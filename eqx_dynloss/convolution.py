@@ -73,9 +73,12 @@ def _weight_grad(x, dy):
 
 def _wide_weight_grad(x, dy):
     """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
-    dtype = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=dtype)
+    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=_wide(x.dtype))
     return dw.transpose(1, 2, 0, 3)
+
+
+def _wide(dtype):
+    return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
 def _weight_grad_cpu(x, dy):
@@ -115,8 +118,7 @@ def _weight_product(x, dy):
 
     # The barriers keep XLA from computing elements one by one where it could copy.
     shifted = lax.optimization_barrier((three_shifts(x, 1), three_shifts(dy, width + 1)))
-    dtype = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=dtype)
+    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=_wide(x.dtype))
     return products.reshape(3, x.shape[-1], 3, dy.shape[-1])[:, :, ::-1].transpose(2, 0, 1, 3)
 
 
