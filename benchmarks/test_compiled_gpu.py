@@ -17,12 +17,12 @@ import pytest
 from eqx_dynloss_kernels.api import Implementation
 
 from eqx_dynloss import train
-from eqx_dynloss.convolution import conv3x3
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from tests.kernels import deviceless, hlo
 
+from .convolution_forms import FORMS, with_gradients
 from .report import Row
 from .test_loss import FUSION, SHORT, optax_mean, weighted_mean
 from .workloads import CIFAR_ENSEMBLE, IMAGENET, ODD_1001, VOCAB_32K, VOCAB_GPT2, Workload
@@ -91,49 +91,13 @@ def test_ensemble_step(record, block: int):
 
 
 def test_convolution_forms(record):
-    """Ways to write the convolutions of several members, from which `eqx_dynloss.convolution` has chosen.
-
-    `conv3x3` under `vmap` maps over the members, one plain convolution after another. Of that loop's body, each launch
-    is listed once; the traffic counts as often as it runs. The arithmetic is the same in all forms, 889 to 932 GFLOP as
-    XLA counts them before it optimises.
+    """Of `conv3x3`, which maps over the members, each launch of the loop's body is listed once; the traffic counts as
+    often as it runs. The arithmetic is the same in all forms, 889 to 932 GFLOP as XLA counts them before it optimises.
     """
     size = 32 if record.timed else 8
     images = jax.ShapeDtypeStruct((MEMBERS, BATCH, size, size, WIDTH), jnp.float32)
     kernels = jax.ShapeDtypeStruct((MEMBERS, 3, 3, WIDTH, WIDTH), jnp.float32)
-
-    def plain(x, k):
-        return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def windows(x):
-        padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        return [padded[:, :, i : i + size, j : j + size] for i in range(3) for j in range(3)]
-
-    def product(x, matrices):
-        return jnp.einsum("snhwi,sio->snhwo", x, matrices)
-
-    def products(x, k):
-        """A product of matrices for each of the nine places of the kernel."""
-        return sum(product(window, k[:, n // 3, n % 3]) for n, window in enumerate(windows(x)))
-
-    def patches(x, k):
-        """One product of matrices a member, with the nine neighbours of every pixel side by side."""
-        return product(jnp.concatenate(windows(x), -1), k.reshape(MEMBERS, 9 * WIDTH, WIDTH))
-
-    forms = {
-        "ours, mapped": jax.vmap(conv3x3),
-        "grouped": jax.vmap(plain),
-        "nine batched products": products,
-        "batched product of patches": patches,
-    }
-    forms = forms if record.timed else {"ours, mapped": forms["ours, mapped"]}
-
-    def with_gradients(form):
-        def function(x, k, dy):
-            y, pullback = jax.vjp(form, x, k)
-            return y, pullback(dy)
-
-        return function
-
+    forms = FORMS if record.timed else {"ours, mapped": FORMS["ours, mapped"]}
     case = f"{MEMBERS} members"
     record(
         lambda: [

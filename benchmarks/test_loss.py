@@ -11,6 +11,7 @@ than the arithmetic. Ratios of the largest problems compare how much of it each 
 import functools as ft
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -170,10 +171,13 @@ def reference(
         means, gradients = zip(*members, strict=True)
         return np.stack(means), np.stack(gradients)
     rows, classes = logits.shape
-    mean = np.zeros(())
-    for some in np.array_split(np.arange(rows), -(-logits.size // 2**22)):
+
+    def part(some: np.ndarray) -> np.ndarray:
         nll = -np.take_along_axis(log_softmax(logits[some]), labels[some, None], 1)[:, 0]
-        mean += np.sum(weights[labels[some]] * nll) / rows
+        return np.sum(weights[labels[some]] * nll) / rows
+
+    with ThreadPoolExecutor() as pool:
+        mean = np.sum(list(pool.map(part, np.array_split(np.arange(rows), -(-logits.size // 2**22)))))
     softmax = np.exp(log_softmax(logits[checked]))
     onehot = labels[checked, None] == np.arange(classes)
     return mean, weights[labels[checked], None] * (softmax - onehot) / rows

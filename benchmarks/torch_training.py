@@ -49,8 +49,8 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
     run = torch.compile(network) if compiled else network
 
     def call():
-        losses = np.zeros((len(starts), task.steps), np.float32)
-        for member, start in enumerate(starts):
+        losses = []
+        for start in starts:
             network.load_state_dict(start)
             optimiser = problem.optimiser(network.parameters())
             for t in range(task.steps):
@@ -58,8 +58,8 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
                 loss = problem.loss(run(problem.images), t)
                 loss.backward()
                 optimiser.step()
-                losses[member, t] = loss.item()
-        return losses
+                losses.append(loss.detach())
+        return torch.stack(losses).reshape(len(starts), task.steps).cpu()  # and waits, on a GPU
 
     if compiled:
         try:
@@ -94,19 +94,22 @@ def stacked(task: Task, name: str) -> Contestant | Absent:
                 value.grad = gradients[key]
             optimiser.step()
             losses.append(loss.detach())
-        return torch.stack(losses, 1)
+        return torch.stack(losses, 1).cpu()  # and waits, on a GPU
 
     return Contestant(name, call)
 
 
 def _torch() -> Any | str:
-    """PyTorch, or why it cannot take part: on a GPU these contestants are not written for it."""
-    if jax.default_backend() != "cpu":
-        return "compared on CPUs only"
+    """PyTorch, or why it cannot take part."""
     try:
-        return importlib.import_module("torch")
+        torch = importlib.import_module("torch")
     except ImportError:
         return "not installed"
+    if jax.default_backend() == "gpu":
+        if not torch.cuda.is_available():
+            return "installed without CUDA"
+        torch.backends.cudnn.benchmark = True  # tries its algorithms out, as XLA does
+    return torch
 
 
 class _Problem:
@@ -114,10 +117,12 @@ class _Problem:
 
     def __init__(self, task: Task, torch: Any):
         self._torch, self._task = torch, task
-        images = torch.tensor(np.asarray(task.data.inputs).transpose(0, 3, 1, 2))
+        self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        images = torch.tensor(np.asarray(task.data.inputs).transpose(0, 3, 1, 2), device=self._device)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self._labels = torch.tensor(np.asarray(task.data.labels)).long()
-        self._weights = torch.tensor(np.asarray(jax.vmap(task.schedule)(jnp.arange(task.steps))))
+        self._labels = torch.tensor(np.asarray(task.data.labels), device=self._device).long()
+        weights = np.asarray(jax.vmap(task.schedule)(jnp.arange(task.steps)))
+        self._weights = torch.tensor(weights, device=self._device)
         self.networks = [self._network(model) for model in task.models]
 
     def loss(self, logits: Any, t: int) -> Any:
@@ -141,4 +146,4 @@ class _Problem:
         head.weight.data = torch.tensor(np.asarray(model.head.weight))
         head.bias.data = torch.tensor(np.asarray(model.head.bias))
         pooled = nn.AvgPool2d(self.images.shape[2] // 4)  # of all that is left; adaptive pooling is slow under vmap
-        return nn.Sequential(*layers, pooled, nn.Flatten(), head).to(memory_format=torch.channels_last)
+        return nn.Sequential(*layers, pooled, nn.Flatten(), head).to(self._device, memory_format=torch.channels_last)
