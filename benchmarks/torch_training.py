@@ -46,7 +46,7 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
     problem = _Problem(task, torch)
     network = problem.networks[0]
     starts = [{key: value.clone() for key, value in other.state_dict().items()} for other in problem.networks]
-    run = torch.compile(network) if compiled else network
+    run = network
 
     def call():
         losses = []
@@ -65,6 +65,7 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as that guards are slower with Python 3.13.0
+                run = torch.compile(network)
                 call()
         except Exception as error:  # no C++ compiler is one of many ways in which it does not work
             return Absent(name, f"does not work here: {brief(error)}")

@@ -11,6 +11,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """Tests run on the CPU, also where there is a GPU, which would round products of float32; `-m gpu` on the GPU."""
+    if "gpu" not in config.option.markexpr and "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start
+        jax.config.update("jax_platforms", "cpu")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def optimisations():
     """Has LLVM optimise little, which halves the time that tests take: most of it is compilation."""

@@ -16,9 +16,7 @@ from .test_weighted_xent import by_formula, problem
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        jax.default_backend() != "gpu", reason=f"needs an NVIDIA GPU, and this is {jax.default_backend()}"
-    ),
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="for NVIDIA GPUs: pytest -m gpu, where there is one"),
 ]
 
 SHAPES = [(65537, 3), (65536, 10), (4097, 1000), (4096, 1001), (1023, 8192), (512, 32768), (129, 50257), (64, 262144)]
