@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Float32[Array, " rows"], Float32[Array, " rows"], Float32[Array, " rows"]]:
     """As `plain.forward`, but the rows come in equal groups that have class weights of their own."""
     num_rows, num_classes = logits.shape
-    block_rows, block_columns, num_warps = launch(num_rows, num_classes, logits.dtype.itemsize)
+    block_rows, block_columns, num_warps = launch(num_rows, num_classes)
     if class_weights.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         class_weights = class_weights.astype(jnp.float32)
     args = [labels, class_weights.reshape(-1), logits] + ([] if where is None else [where])
