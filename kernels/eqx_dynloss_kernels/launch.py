@@ -56,8 +56,8 @@ def worthwhile(logits) -> bool:
     - Outside `jax.shard_map`, with several devices, the compiler may have to divide the program, and would gather all
       logits on every device for a kernel that it cannot look into. The devices are those of the process that compiles.
     - With fewer rows than multiprocessors, programs of one row each leave some of a GPU idle. XLA splits rows of more
-      than 16,384 classes, and reading them twice is the smaller evil: with 262,144 classes the kernel took 1.56 times as
-      long for 32 rows, 1.23 for 64, 1.04 for 96, and 0.93 for 128; with 131,072 classes 1.09 for 64 and 1.01 for 96.
+      than 16,384 classes, and reading them twice is the smaller evil: with 262,144 classes the kernel took 1.56 times
+      as long for 32 rows, 1.23 for 64, 1.04 for 96, 0.93 for 128; with 131,072 classes 1.09 for 64 and 1.01 for 96.
     """
     if not all(isinstance(size, int) for size in logits.shape) or _before_ampere():
         return False
