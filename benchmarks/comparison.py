@@ -68,10 +68,10 @@ class Compare:
         """Requires that all contestants agree, and with `--benchmark` times them. Once in a test.
 
         Contestants are called in rounds, each once a round, in varying order (see `rotated`). Before each timed call
-        comes an untimed one of the same contestant, unless calls are long (half a second): what another one left in
-        the caches would otherwise decide about short calls. Compilation is over by then, and the first call, which is
-        the one checked, is never timed. Where all calls are long, the rehearsal, which tells how many rounds there is
-        time for, is itself the first round.
+        comes an untimed one of the same contestant, unless its calls are long (half a second): what another one left
+        in the caches would otherwise decide about short calls. Compilation is over by then, and the first call, which
+        is the one checked, is never timed. Where all calls are long, the rehearsal, which tells how many rounds there
+        is time for, is itself the first round.
 
         **Arguments:**
 
@@ -103,12 +103,12 @@ class Compare:
             return []
         agree()
         rehearsal = [_seconds_of_a_call(contestant) for contestant in contestants]
-        untimed = max(rehearsal) < LONG_CALL_S
-        counts = min(rehearsal) >= LONG_CALL_S
-        rounds = int(np.clip(budget_s / (sum(rehearsal) * (1 + untimed)), min_rounds, max(min_rounds, MAX_ROUNDS)))
+        short = [c for c, seconds in zip(contestants, rehearsal, strict=True) if seconds < LONG_CALL_S]
+        a_round = sum(seconds * (1 + (seconds < LONG_CALL_S)) for seconds in rehearsal)
+        rounds = int(np.clip(budget_s / a_round, min_rounds, max(min_rounds, MAX_ROUNDS)))
         order = rotated(contestants, rounds)
-        seconds = rehearsal if counts else []
-        seconds = seconds + self._time(order[len(seconds) :], untimed)
+        seconds = [] if short else rehearsal
+        seconds = seconds + self._time(order[len(seconds) :], short)
         times = {c.name: np.array([t for who, t in zip(order, seconds, strict=True) if who is c]) for c in contestants}
         first = times[contestants[0].name]
         rows = [
@@ -121,8 +121,8 @@ class Compare:
         self._rows += rows
         return rows
 
-    def _time(self, order: Sequence[Contestant], untimed: bool) -> list[float]:
-        """Seconds of every call, in their order."""
+    def _time(self, order: Sequence[Contestant], short: Sequence[Contestant]) -> list[float]:
+        """Seconds of every call, in their order; those of `short` each after an untimed one."""
         if not order:
             self._benchmark.disabled = True
             self._benchmark.pedantic(lambda: None)
@@ -133,7 +133,7 @@ class Compare:
         def setup():
             kept.clear()  # here, so that giving memory back is not timed
             contestant = next(upcoming)
-            if untimed:
+            if contestant in short:
                 _run(contestant)
             return (contestant,), {}
 

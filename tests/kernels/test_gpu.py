@@ -69,7 +69,7 @@ def test_the_last_of_more_than_two_to_the_31_logits():
 @pytest.mark.parametrize("num_rows, num_classes", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_none_does_not_choose_the_slower_implementation(num_rows, num_classes, dtype):
-    """By a fifth, at most: the choice was made without a GPU, from what is compiled for one."""
+    """By a fifth, at most."""
     x, y, w, _ = problem((num_rows,), num_classes)
     args = jnp.asarray(x, dtype), jnp.asarray(y), jnp.asarray(w, jnp.float32)
     steps = {}
