@@ -24,7 +24,7 @@ from tests.kernels import deviceless, hlo
 
 from .convolution_forms import FORMS, with_gradients
 from .report import Row
-from .test_loss import FUSION, SHORT, optax_mean, weighted_mean
+from .test_loss import SHORT, optax_mean, weighted_mean
 from .workloads import CIFAR_ENSEMBLE, IMAGENET, ODD_1001, VOCAB_32K, VOCAB_GPT2, Workload
 
 pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
@@ -57,10 +57,10 @@ def test_loss(record, workload: Workload, dtype: str):
     )
     case = f"{workload} {SHORT[dtype]} {'x'.join(map(str, workload.shape))}"
 
-    def row(name: str, mean, options=None) -> Row:
+    def row(name: str, mean) -> Row:
         both = jax.value_and_grad(mean)
         both = both if workload.members is None else jax.vmap(both)
-        return compiled_row(LOSS, case, name, both, args, options or {}, workload.num_logits)
+        return compiled_row(LOSS, case, name, both, args, workload.num_logits)
 
     def find_out() -> list[Row]:
         ours = row("ours", weighted_mean(None))
@@ -72,19 +72,15 @@ def test_loss(record, workload: Workload, dtype: str):
             ours,
             row(IMPLEMENTATIONS[other], weighted_mean(other)),
             row("optax", optax_mean),
-            row("optax+fusion", optax_mean, {FUSION: True}),
         ]
 
     record(find_out)
 
 
-@pytest.mark.parametrize("block", [1, MEMBERS], ids=["mapped", "vmapped"])
-def test_ensemble_step(record, block: int):
-    """A block of members at a time, as in `eqx_dynloss.ensemble`. Of a loop over blocks the body is listed once."""
-    if not record.timed and block > 1:
-        pytest.skip("one step is enough where nothing is timed")
-    case = "one member after another" if block == 1 else f"{block} members side by side"
-    (row,) = record(lambda: [compiled_row(STEP, case, "ours", *ensemble_step(block), {})])
+def test_ensemble_step(record):
+    """One member after another, as in `eqx_dynloss.ensemble`. Of the loop over members the body is listed once."""
+    case = "one member after another"
+    (row,) = record(lambda: [compiled_row(STEP, case, "ours", *ensemble_step())])
     assert 0 < row.temp_bytes < 80 * 2**30
     if record.timed:
         print(f"{STEP}, {case}: {row.kernels}")
@@ -101,13 +97,13 @@ def test_convolution_forms(record):
     case = f"{MEMBERS} members"
     record(
         lambda: [
-            compiled_row(LAYER, case, name, with_gradients(form), (images, kernels, images), {})
+            compiled_row(LAYER, case, name, with_gradients(form), (images, kernels, images))
             for name, form in forms.items()
         ]
     )
 
 
-def ensemble_step(block: int):
+def ensemble_step():
     """The step as a function of arrays alone, and the shapes of its arguments."""
     optimiser = optax.sgd(0.02, 0.9, nesterov=True)
     make = lambda key: train.init(lambda key: Myrtle(WIDTH, key=key), optimiser, key)
@@ -121,15 +117,15 @@ def ensemble_step(block: int):
             state, loss = eqx.combine(arrays, static)
             return eqx.filter(train.train_step(state, loss, optimiser, images, labels), eqx.is_array)
 
-        return jax.lax.map(one, arrays, batch_size=block)
+        return jax.lax.map(one, arrays)
 
     images = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
     return step, (arrays, images, jax.ShapeDtypeStruct((BATCH,), jnp.int32))
 
 
-def compiled_row(subject, case, name, function, args, options, per: int | None = None) -> Row:
+def compiled_row(subject, case, name, function, args, per: int | None = None) -> Row:
     start = time.perf_counter()
-    compiled = deviceless.compile_for(GPU, function, *args, options=options)
+    compiled = deviceless.compile_for(GPU, function, *args)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     kernels = hlo.kernels(compiled)

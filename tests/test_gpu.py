@@ -39,7 +39,7 @@ def train(make_model, data, *, steps, amplitudes=(1.0, 10.0, 30.0, 70.0), platfo
         states = ensemble.init(make_model, OPTIMISER, jr.split(jr.key(0), len(amplitudes)), devices=[device])
         data = ensemble.replicate(data, states)
         _, metrics, _, _ = ensemble.train_chunk(states, losses, OPTIMISER, data, num_steps=steps, **options)
-    assert metrics.loss.devices() == {device}
+    assert isinstance(metrics.loss, jax.Array) and metrics.loss.devices() == {device}
     return np.asarray(metrics.loss)
 
 
