@@ -21,7 +21,7 @@ def launch(num_rows: int, num_classes: int) -> Launch:
     """Whole rows, about 512 logits of them, up to 8192 classes; above, one row in blocks of 4096. A warp takes 1024.
 
     Of what was timed on an H100 (10 to 50,257 classes, float32 and bfloat16, 2²⁸ logits, forward pass), the fastest or
-    within 2 % of it.
+    within 2 % of it: `benchmarks/records/h100.json`; `pytest benchmarks/test_launch.py --benchmark` for another GPU.
     """
     block_columns = 4096 if num_classes > _WHOLE_ROW else _power_of_two(num_classes)
     block_rows = min(max(1, 512 // block_columns), _power_of_two(num_rows))
@@ -52,7 +52,7 @@ def worthwhile(logits) -> bool:
       mostly one to four fewer. With 3 or 10 classes as many, or two more (64 × 3: 9 against 7; a step of eight members
       of Myrtle5-64, 512 × 10 logits each: 125 against 123), as XLA fuses so small a loss with its surroundings. With
       65,536 × 10 float32 logits the kernel is ahead again: XLA reads them twice. Where both take 50 to 80 µs, which is
-      what calling them takes, neither is faster beyond a tenth.
+      what calling them takes, neither is ahead by more than a seventh.
     - Outside `jax.shard_map`, with several devices, the compiler may have to divide the program, and would gather all
       logits on every device for a kernel that it cannot look into. The devices are those of the process that compiles.
     - With fewer rows than multiprocessors, programs of one row each leave some of a GPU idle. XLA splits rows of more
