@@ -146,5 +146,6 @@ class _Problem:
         head = nn.Linear(model.head.in_features, model.head.out_features)
         head.weight.data = torch.tensor(np.asarray(model.head.weight))
         head.bias.data = torch.tensor(np.asarray(model.head.bias))
-        pooled = nn.AvgPool2d(self.images.shape[2] // 4)  # of all that is left; under vmap, torch warns of adaptive pooling
+        # All that is left; of adaptive pooling torch warns that it is slow under vmap.
+        pooled = nn.AvgPool2d(self.images.shape[2] // 4)
         return nn.Sequential(*layers, pooled, nn.Flatten(), head).to(self._device, memory_format=torch.channels_last)

@@ -1,13 +1,17 @@
 import functools as ft
 
+import jax
 import pytest
 from eqx_dynloss_kernels import operation
 from jax.experimental import pallas as pl
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimisations():
-    """Compiles as users do: what is compiled is looked at here."""
+@pytest.fixture(scope="module")
+def fully_optimised(optimisations):
+    """Compiles as users do, for modules that look at what is compiled, or time it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -14,7 +14,10 @@ from benchmarks.workloads import WORKLOADS
 from . import deviceless, hlo
 from .deviceless import NO_SPILLS, compile_for
 
-pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
+pytestmark = [
+    pytest.mark.usefixtures("fully_optimised"),
+    pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or ""),
+]
 
 CLASSES = [3, 10, 1000, 1001, 32768, 50257, 262144]
 DTYPES = ["float32", "bfloat16"]

@@ -11,7 +11,10 @@ from . import deviceless, hlo
 from .deviceless import NO_SPILLS, compile_for
 from .hlo import memory_bytes
 
-pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
+pytestmark = [
+    pytest.mark.usefixtures("fully_optimised"),
+    pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or ""),
+]
 
 GPUS = ["a100", "h100", "b200"]
 N = 2**20

@@ -16,6 +16,7 @@ from .test_weighted_xent import by_formula, problem
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("fully_optimised"),
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="for NVIDIA GPUs: pytest -m gpu, where there is one"),
 ]
 
