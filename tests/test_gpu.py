@@ -15,12 +15,15 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.convolution_forms import plain, with_gradients
 from eqx_dynloss import ensemble, landscape
 from eqx_dynloss.convolution import conv3x3
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
+
+from .test_ensemble import to_float
 
 ROOT = Path(__file__).parents[1]
 OPTIMISER = optax.sgd(0.02, 0.9, nesterov=True)  # one, so that calls share a compilation
@@ -49,10 +52,6 @@ def images(number, size=16):
     return Dataset(jnp.asarray(pixels), jnp.asarray(np.arange(number) % 10), to_float)
 
 
-def to_float(pixels):
-    return pixels.astype(jnp.float32) / 128 - 1
-
-
 def make_myrtle(key):
     return Myrtle(16, key=key)
 
@@ -72,19 +71,15 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
         for rest in [(8, size, size, channels[0]), (3, 3, *channels), (8, size, size, channels[1])]
     )
 
-    def all_three(function, x, k, dy):
-        function = function if members is None else jax.vmap(function)
-        y, pullback = jax.vjp(function, x, k)
-        return y, *pullback(dy)
-
-    def plain(x, k):
-        return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def all_three(function, *args):
+        form = function if members is None else jax.vmap(function)
+        return jax.tree.leaves(jax.jit(with_gradients(form))(*args))
 
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        expected = jax.jit(all_three, static_argnums=0)(plain, *map(jnp.asarray, (x, k, dy)))
+        expected = all_three(plain, *map(jnp.asarray, (x, k, dy)))
     with jax.default_matmul_precision(precision):
         narrow = (jnp.asarray(a, jnp.float32) for a in (x, k, dy))
-        actual = jax.jit(all_three, static_argnums=0)(conv3x3, *narrow)
+        actual = all_three(conv3x3, *narrow)
     for ours, theirs in zip(actual, map(np.asarray, expected), strict=True):
         assert ours.devices() == {jax.devices("gpu")[0]}
         assert np.abs(np.asarray(ours) - theirs).sum() <= tolerance * np.abs(theirs).sum()

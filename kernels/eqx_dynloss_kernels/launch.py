@@ -18,10 +18,11 @@ class Launch(NamedTuple):
 
 
 def launch(num_rows: int, num_classes: int) -> Launch:
-    """Whole rows, about 512 logits of them, up to 8192 classes; above, one row in blocks of 4096. A warp takes 1024.
+    """Whole rows, about 512 logits of them, up to 8192 classes; above, one row in blocks of 4096.
 
-    Of what was timed on an H100 (10 to 50,257 classes, float32 and bfloat16, 2²⁸ logits, forward pass), the fastest or
-    within 2 % of it: `benchmarks/records/h100.json`; `pytest benchmarks/test_launch.py --benchmark` for another GPU.
+    One warp, or one for every 1024 columns. Of what was timed on an H100 (10 to 50,257 classes, float32 and bfloat16,
+    2²⁸ logits, forward pass), the fastest or within 2 % of it: `benchmarks/records/h100.json`; for another GPU,
+    `pytest benchmarks/test_launch.py --benchmark`.
     """
     block_columns = 4096 if num_classes > _WHOLE_ROW else _power_of_two(num_classes)
     block_rows = min(max(1, 512 // block_columns), _power_of_two(num_rows))
