@@ -22,17 +22,43 @@ def test_the_papers_networks_have_the_stated_numbers_of_parameters(getkey):
     assert sum(sizes(MLP(2, 100, 3, key=getkey()))) == 603
 
 
-@pytest.mark.parametrize("depth, use_bias", [(1, True), (3, True), (1, False)])
-def test_mlp_is_its_layers_one_after_another(getkey, depth, use_bias):
-    model = MLP(2, 7, 3, depth=depth, init="glorot", use_bias=use_bias, key=getkey())
-    x = jr.normal(getkey(), (5, 2))
+@pytest.mark.parametrize(
+    "in_size, depth, use_bias", [(2, 1, True), (2, 3, True), (2, 1, False), (1, 0, True), (5, 1, True)]
+)
+def test_mlp_is_its_layers_one_after_another(getkey, in_size, depth, use_bias):
+    model = MLP(in_size, 7, 3, depth=depth, init="glorot", use_bias=use_bias, key=getkey())
+    x = jr.normal(getkey(), (6, in_size))
     expected = np.asarray(x, np.float64)
     for number, layer in enumerate(model.layers):
         expected = expected @ np.asarray(layer.weight, np.float64).T
         expected += 0 if layer.bias is None else np.asarray(layer.bias, np.float64)
         expected = np.maximum(expected, 0) if number < depth else expected
     np.testing.assert_allclose(jax.vmap(model)(x), expected, rtol=1e-5, atol=1e-6)
-    assert jnp.all(jnp.isnan(model(jnp.array([jnp.nan, 0.0]))))
+    assert jnp.all(jnp.isnan(model(x[0].at[0].set(jnp.nan))))
+
+
+@pytest.mark.parametrize("in_size, width, depth", [(2, 100, 1), (1, 7, 1), (4, 3, 2), (5, 7, 1)])
+def test_derivatives_of_an_mlp_are_those_of_its_layers(in_size, width, depth, getkey, x64):
+    """Gradients, products with the Hessian and Jacobians, also of several networks side by side."""
+    models = eqx.filter_vmap(lambda key: MLP(in_size, width, 3, depth=depth, key=key))(jr.split(getkey(), 2))
+    x = jr.normal(getkey(), (6, in_size))
+
+    def by_the_book(model, x):
+        *hidden, last = model.layers
+        for layer in hidden:
+            x = jnp.maximum(x @ layer.weight.T + layer.bias.reshape(1, -1), 0)
+        return x @ last.weight.T + last.bias.reshape(1, -1)
+
+    def derivatives(outputs):
+        def of_one(arrays):
+            out = lambda arrays: outputs(eqx.combine(arrays, static), x)
+            gradient = jax.grad(lambda arrays: jnp.sum(jnp.sin(out(arrays))))
+            return gradient(arrays), jax.jvp(gradient, (arrays,), (arrays,)), jax.jacfwd(out)(arrays)
+
+        arrays, static = eqx.partition(models, eqx.is_array)
+        return jax.jit(jax.vmap(of_one))(arrays), of_one(jax.tree.map(lambda leaf: leaf[0], arrays))
+
+    assert tree_allclose(derivatives(lambda model, x: jax.vmap(model)(x)), derivatives(by_the_book))
 
 
 def myrtle_by_the_book(model, images):
