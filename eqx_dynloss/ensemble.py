@@ -7,7 +7,6 @@ run is that of `eqx_dynloss.train` alone.
 """
 
 import functools as ft
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -199,18 +198,14 @@ def scatter(values: PyTree, like: TrainState) -> TrainState:
 def default_block_size(model: PyTree, platform: str) -> int:
     """How many members a device runs side by side, from the (stacked) model and the platform.
 
-    One for models with convolutions: a batch fills the device by itself, and `conv3x3` runs one kernel after another,
-    so that more members would only need more memory. For others all on an accelerator, and on a CPU one, so that what
-    it works on stays in the cache; but 4 of up to 256 parameters, where the time goes into starting operations.
-    Measured on a CPU, on the spiral at widths 10 to 1000, and, for convolutions, on an H100: sixteen small Myrtles side
-    by side took 1.14 times as long as one after another. For other networks on an accelerator a guess.
+    One on a CPU, so that what it works on stays in the cache, and one for models with convolutions: a batch fills the
+    device by itself, and `conv3x3` runs one kernel after another, so that more members would only need more memory. For
+    others on an accelerator all. Measured on a CPU, on the spiral at widths 10 to 100, and, for convolutions, on an
+    H100: sixteen small Myrtles side by side took 1.14 times as long as one after another. For other networks on an
+    accelerator a guess.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(model) if eqx.is_array(leaf)]
-    if any(leaf.ndim > 3 for leaf in leaves):
-        return 1
-    if platform != "cpu":
-        return 2**31
-    return 4 if sum(math.prod(leaf.shape[1:]) for leaf in leaves) <= 256 else 1
+    convolutional = any(leaf.ndim > 3 for leaf in jax.tree.leaves(model) if eqx.is_array(leaf))
+    return 1 if convolutional or platform == "cpu" else 2**31
 
 
 def _block_size(states: TrainState, given: int | None) -> int:

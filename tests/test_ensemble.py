@@ -196,10 +196,8 @@ def test_the_old_states_are_donated(getkey):
 def test_block_size_depends_on_model_and_platform(getkey):
     keys = jr.split(getkey(), 2)
     mlp, myrtle = (ensemble.init(make_model, OPTIMISER, keys).model for make_model in (make_mlp, make_myrtle))
-    assert [ensemble.default_block_size(mlp, platform) for platform in ("cpu", "gpu")] == [4, 2**31]
+    assert [ensemble.default_block_size(mlp, platform) for platform in ("cpu", "gpu")] == [1, 2**31]
     assert [ensemble.default_block_size(myrtle, platform) for platform in ("cpu", "gpu")] == [1, 1]
-    papers = ensemble.init(lambda key: MLP(2, 100, 3, key=key), OPTIMISER, keys).model
-    assert [ensemble.default_block_size(papers, platform) for platform in ("cpu", "gpu")] == [1, 2**31]
 
 
 def test_losses_without_a_member_axis_are_an_error(getkey):
