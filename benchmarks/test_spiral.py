@@ -1,8 +1,9 @@
 """Training on the paper's spiral: the ensemble against its members one by one, and the loop of the authors' notebook.
 
 In float64, as in the notebook, and in float32. All make the same updates of the same members and return every loss. The
-loop is a re-statement of what the public notebook does in every update: four jitted calls (the step, the plain loss,
-the accuracy, the weighted loss), and the class weights, which are not jitted; the results are kept in lists.
+opponents are plain JAX, without this library. The loop is a re-statement of what the public notebook does in every
+update: four jitted calls (the step, the plain loss, the accuracy, the weighted loss), and the class weights, which are
+not jitted; the results are kept in lists.
 """
 
 from collections.abc import Sequence
@@ -87,58 +88,79 @@ def ours(name: str, data: Dataset, keys: jax.Array, steps: int, devices: Sequenc
 
 
 def scans(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
-    """One compiled scan over the updates, called for one member after another on one device."""
-    loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDE, PERIOD, inclusive_period=True))
-    optimiser = optax.sgd(1.0)
-    model = lambda key: train.init(make_mlp, optimiser, key)
-    chunk: Any = jax.jit(lambda key: train.train_chunk(model(key), loss, optimiser, data, num_steps=steps)[1].loss)
-    return Contestant("scan per member", lambda: jnp.stack([chunk(key) for key in keys]))
+    """One compiled `lax.scan` over the updates, called for one member after another on one device."""
+    onehot = jax.nn.one_hot(data.labels, 3)
+
+    def update(carry, _):
+        t, active, parameters = carry
+        loss, gradient = jax.value_and_grad(weighted_loss)(parameters, data.inputs, onehot, class_weights(t, active))
+        parameters = jax.tree.map(lambda p, g: p - g, parameters, gradient)
+        last = t == PERIOD
+        return (jnp.where(last, 0, t + 1), jnp.where(last, (active + 1) % 3, active), parameters), loss
+
+    @jax.jit
+    def train_one(parameters):
+        return jax.lax.scan(update, (jnp.array(0), jnp.array(0), parameters), length=steps)[1]
+
+    starts = starting_points(keys)
+    return Contestant("scan per member", lambda: jnp.stack([train_one(parameters) for parameters in starts]))
 
 
 def authors_loop(data: Dataset, keys: jax.Array, steps: int) -> Contestant:
     """A Python loop over updates, one member after another on one device."""
-    models = [train.init(make_mlp, optax.sgd(1.0), key).model for key in keys]
-    starts = [[(layer.weight.T, layer.bias) for layer in model.layers] for model in models]
     onehot = jax.nn.one_hot(data.labels, 3)
 
-    def log_probabilities(parameters):
-        (w1, b1), (w2, b2) = parameters
-        return jax.nn.log_softmax(jax.nn.relu(data.inputs @ w1 + b1[None]) @ w2 + b2[None])
-
-    def class_weights(t, active):
-        slope = 2 * (AMPLITUDE - 1) / PERIOD
-        peak = jnp.where(t < PERIOD / 2, 1 + slope * t, 2 * AMPLITUDE - 1 - slope * t)
-        raw = jnp.ones(3) + (peak - 1) * jnp.eye(3)[active]
-        return 3 * raw / jnp.sum(raw)
+    @jax.jit
+    def weighted(parameters, t, active):
+        return weighted_loss(parameters, data.inputs, onehot, class_weights(t, active))
 
     @jax.jit
-    def weighted_loss(parameters, t, active):
-        return -3 * jnp.mean(log_probabilities(parameters) * onehot * class_weights(t, active)[None])
-
-    @jax.jit
-    def loss(parameters):
-        return -3 * jnp.mean(log_probabilities(parameters) * onehot)
+    def plain(parameters):
+        return weighted_loss(parameters, data.inputs, onehot, jnp.ones(3))
 
     @jax.jit
     def accuracy(parameters):
-        return jnp.mean(jnp.argmax(log_probabilities(parameters), 1) == jnp.argmax(onehot, 1))
+        return jnp.mean(jnp.argmax(log_probabilities(parameters, data.inputs), 1) == jnp.argmax(onehot, 1))
 
     @jax.jit
     def step(t, parameters, active):
-        gradient = jax.grad(weighted_loss)(parameters, t, active)
+        gradient = jax.grad(weighted)(parameters, t, active)
         return t + 1, jax.tree.map(lambda p, g: p - g, parameters, gradient)
 
     def train_one(parameters):
         record = {"weighted": [], "plain": [], "accuracy": [], "weights": []}
         t, active = 0, 0
         for _ in range(steps):
-            record["plain"] += [loss(parameters)]
+            record["plain"] += [plain(parameters)]
             record["accuracy"] += [accuracy(parameters)]
-            record["weighted"] += [weighted_loss(parameters, t, active)]
+            record["weighted"] += [weighted(parameters, t, active)]
             record["weights"] += [class_weights(t, active)]
             t, parameters = step(t, parameters, active)
             if t > PERIOD:
                 t, active = 0, (active + 1) % 3
         return np.array(record["weighted"])
 
+    starts = starting_points(keys)
     return Contestant("authors' loop", lambda: np.array([train_one(parameters) for parameters in starts]))
+
+
+def starting_points(keys: jax.Array):
+    """Every member's first parameters, as the opponents hold them: a matrix and a bias for each layer."""
+    models = [train.init(make_mlp, optax.sgd(1.0), key).model for key in keys]
+    return [[(layer.weight.T, layer.bias) for layer in model.layers] for model in models]
+
+
+def log_probabilities(parameters, inputs):
+    (w1, b1), (w2, b2) = parameters
+    return jax.nn.log_softmax(jax.nn.relu(inputs @ w1 + b1[None]) @ w2 + b2[None])
+
+
+def weighted_loss(parameters, inputs, onehot, weights):
+    return -3 * jnp.mean(log_probabilities(parameters, inputs) * onehot * weights[None])
+
+
+def class_weights(t, active):
+    slope = 2 * (AMPLITUDE - 1) / PERIOD
+    peak = jnp.where(t < PERIOD / 2, 1 + slope * t, 2 * AMPLITUDE - 1 - slope * t)
+    raw = jnp.ones(3) + (peak - 1) * jnp.eye(3)[active]
+    return 3 * raw / jnp.sum(raw)
