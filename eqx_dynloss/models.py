@@ -61,6 +61,7 @@ def _thin(layer: eqx.nn.Linear, x):
     The bias is the weight of one more input: as the gradient of a `+` it would be a sum over the examples, which is
     slow. The product with the identity brings the examples to the last axis, `[inputs, examples]`, in which the
     gradient of the weights is a plain product of two matrices; barriers keep XLA from folding transpositions into it.
+    An infinite input makes every output NaN.
     """
     weight = layer.weight.T
     if layer.bias is not None:
