@@ -29,10 +29,7 @@ def fitting_wave(members: Members, data: Dataset, splits: Mapping[str, Dataset],
     most = -(-len(members) // device_count)  # a device
     init = ft.partial(init_state, members.make_model, members.optimiser)
     states = eqx.filter_eval_shape(eqx.filter_vmap(init), jr.split(jr.key(0), 1))
-    platform = jax.devices()[0].platform
-    block = ensemble.default_block_size(states.model, platform)
-    if platform == "cpu" and most <= block:  # which is a few
-        return len(members)
+    block = ensemble.default_block_size(states.model, jax.devices()[0].platform)
     free = _free_memory()
     size = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(states) if hasattr(leaf, "shape")
