@@ -198,6 +198,8 @@ def test_block_size_depends_on_model_and_platform(getkey):
     mlp, myrtle = (ensemble.init(make_model, OPTIMISER, keys).model for make_model in (make_mlp, make_myrtle))
     assert [ensemble.default_block_size(mlp, platform) for platform in ("cpu", "gpu")] == [1, 2**31]
     assert [ensemble.default_block_size(myrtle, platform) for platform in ("cpu", "gpu")] == [1, 1]
+    wide = ensemble.init(lambda key: MLP(2, 1000, 3, key=key), OPTIMISER, keys).model
+    assert [ensemble.default_block_size(wide, platform) for platform in ("cpu", "gpu")] == [1, 2**31]
 
 
 def test_losses_without_a_member_axis_are_an_error(getkey):
