@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from eqx_dynloss_kernels.operands import accumulation_dtype, vary_alike
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -45,7 +46,7 @@ def conv3x3(
             f"got {kernel.shape}."
         )
     flat = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
-    return _conv_p.bind(*_vary_alike(flat, kernel)).reshape(*images.shape[:-1], kernel.shape[-1])
+    return _conv_p.bind(*vary_alike(flat, kernel)).reshape(*images.shape[:-1], kernel.shape[-1])
 
 
 _plain = ft.partial(
@@ -73,12 +74,8 @@ def _weight_grad(x, dy):
 
 def _wide_weight_grad(x, dy):
     """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
-    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=_wide(x.dtype))
+    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=accumulation_dtype(x.dtype))
     return dw.transpose(1, 2, 0, 3)
-
-
-def _wide(dtype):
-    return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
 def _weight_grad_cpu(x, dy):
@@ -118,15 +115,8 @@ def _weight_product(x, dy):
 
     # The barriers keep XLA from computing elements one by one where it could copy.
     shifted = lax.optimization_barrier((three_shifts(x, 1), three_shifts(dy, width + 1)))
-    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=_wide(x.dtype))
+    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=accumulation_dtype(x.dtype))
     return products.reshape(3, x.shape[-1], 3, dy.shape[-1])[:, :, ::-1].transpose(2, 0, 1, 3)
-
-
-def _vary_alike(*operands):
-    """Inside `shard_map`, marks all operands as varying over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(v, axes, to="varying") if axes else v for v, axes in zip(operands, missing, strict=True)]
 
 
 def _primitive(name, function, cpu_function, free_axes, output_axes):

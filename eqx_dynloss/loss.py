@@ -10,30 +10,33 @@ The functions return one loss per example and leave the mean to the caller, beca
 With balanced classes, full batches and weights that sum to the number of classes they are the same number.
 """
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from eqx_dynloss_kernels import weighted_xent
+import numpy as np
+from eqx_dynloss_kernels import label, operands, weighted_xent
 from eqx_dynloss_kernels.api import Implementation
-from eqx_dynloss_kernels.plain import at_label, in_range, prepared
+from eqx_dynloss_kernels.plain import prepared
 from jax import lax
-from jaxtyping import Array, Bool, Float, Integer, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer, PyTree, Real
 
 from .schedule import AbstractSchedule, Step
 
 
 def softmax_cross_entropy(
-    logits: Float[Array, "*batch classes"],
-    labels: Integer[Array, "*batch"],
-    class_weights: Float[Array, " classes"] | None = None,
+    logits: Real[ArrayLike, "*logits"] | list,
+    labels: Integer[ArrayLike, "*batch"] | list,
+    class_weights: Real[ArrayLike, " classes"] | list | tuple | None = None,
     *,
-    where: Bool[Array, "*batch"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    axis: int | tuple[int, ...] = -1,
+    where: Bool[ArrayLike, "..."] | list | None = None,
+    label_smoothing: Real[ArrayLike, ""] = 0.0,
+    z_loss: Real[ArrayLike, ""] = 0.0,
     implementation: Implementation | None = None,
-) -> Float[Array, "*batch"]:
+) -> Float[Array, "..."]:
     r"""Softmax cross-entropy with integer labels and class weights, one value per example.
 
     For classification with one class per example. With label $y$, smoothing $\epsilon$, weights $w$ and $C$ classes
@@ -49,32 +52,42 @@ def softmax_cross_entropy(
 
     ```
 
-    Every first and second derivative exists, in the logits and in the class weights, in forward and reverse mode.
+    Every first and second derivative exists, in the logits, the class weights, ε and z, in forward and reverse mode.
 
     **Arguments:**
 
-    - `logits`: unnormalised log-probabilities; −inf rules a class out. float16 and bfloat16 are computed in float32. A
-        row that rules out every class, or holds +inf or NaN, gives NaN or +inf unless `where` masks it.
-    - `labels`: class indices, of any integer dtype. A label out of range gives NaN (and no gradient) unless `where`
+    - `logits`: unnormalised log-probabilities, `[..., classes]`; −inf rules a class out. float16 and bfloat16 are
+        computed in float32. A row that rules out every class, or holds +inf or NaN, gives NaN or +inf unless `where`
         masks it.
+    - `labels`: class indices `[...]`, of any integer dtype. A label out of range gives NaN (and no gradient) unless
+        `where` masks it.
     - `class_weights`: one non-negative weight per class; `None` is all ones.
-    - `where`: examples that count. The others give exactly 0 and no gradient, whatever their logits and labels hold.
+    - `axis`: where the classes are. Along several axes, a label is the flat index into them, in their order, and so
+        are the class weights.
+    - `where`: boolean. Of the shape of the labels: examples that count; the others give exactly 0 and no gradient,
+        whatever their logits and labels hold. Of the shape of the logits: the classes that each example has, such as
+        legal actions or a vocabulary without its padding. The loss is that of an example which never had the others:
+        a label among these gives NaN, and without any class it is 0. A mask of classes always takes plain JAX.
     - `label_smoothing`: share ε of the target that is spread evenly over the classes, in [0, 1]; a class's share keeps
         that class's weight, as in PyTorch.
     - `z_loss`: coefficient z ≥ 0 of the squared logsumexp, which keeps logits from drifting. It is not class-weighted.
+        Both may be traced, mapped and differentiated; one that is traced and out of range gives NaN.
     - `implementation`: `None` picks the best one, `"xla"` is plain JAX, `"pallas"` the GPU kernel. A named one works or
         raises.
 
-    **Returns:** float32, or float64 for float64 logits, with the shape of `labels`.
+    In the place of the class weights, `axis` is understood as well, as code written for optax has it there.
 
-    **Raises:** `ValueError` for shapes that do not fit and options out of range.
+    **Returns:** float32, or float64 for float64 logits, with the shape of the labels.
+
+    **Raises:** `ValueError` for operands that do not fit and options out of range.
     """
-    class_weights = _validated(logits, labels.shape, class_weights, where, label_smoothing, z_loss)
+    class_weights, axis = _weights_or_axis(class_weights, axis, np.ndim(logits) - np.ndim(labels))
+    x, mask = operands.classes_last(axis, logits, where)
     loss, _ = weighted_xent(
-        logits,
+        x,
         labels,
         class_weights,
-        where=where,
+        where=mask,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         implementation=implementation,
@@ -83,51 +96,63 @@ def softmax_cross_entropy(
 
 
 def softmax_cross_entropy_with_soft_labels(
-    logits: Float[Array, "*batch classes"],
-    labels: Float[Array, "*batch classes"],
-    class_weights: Float[Array, " classes"] | None = None,
+    logits: Real[ArrayLike, "*logits"] | list,
+    labels: Real[ArrayLike, "*logits"] | list,
+    class_weights: Real[ArrayLike, " classes"] | list | tuple | None = None,
     *,
-    where: Bool[Array, "*batch"] | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Float[Array, "*batch"]:
+    axis: int | tuple[int, ...] = -1,
+    where: Bool[ArrayLike, "..."] | list | None = None,
+    label_smoothing: Real[ArrayLike, ""] = 0.0,
+    z_loss: Real[ArrayLike, ""] = 0.0,
+) -> Float[Array, "..."]:
     r"""The sibling of `softmax_cross_entropy` for targets that are distributions, such as mixed or distilled labels.
 
     $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2,\qquad q = (1-\epsilon)\,p + \epsilon/C.$$
 
-    **Arguments:** as for `softmax_cross_entropy`, but `labels` holds probabilities $p$ over the classes. A class of
-    probability 0 contributes 0, even where its logit is −inf.
+    **Arguments:** as for `softmax_cross_entropy`, but `labels` holds probabilities $p$ over the classes, in the shape
+    of the logits. A class of probability 0 contributes 0, even where its logit is −inf, and so does a class that
+    `where` takes out, whatever its probability.
 
     **Returns:** float32, or float64 for float64 logits, one value per example.
     """
-    if labels.shape != logits.shape:
-        raise ValueError(f"soft labels must have the shape of the logits, {logits.shape}, got {labels.shape}.")
-    class_weights = _validated(logits, labels.shape[:-1], class_weights, where, label_smoothing, z_loss)
-    dtype = _accumulation_dtype(logits)
-    x, q, w = logits.astype(dtype), labels.astype(dtype), class_weights.astype(dtype)
-    if where is not None:
-        x = jnp.where(where[..., None], x, 0.0)
-        q = jnp.where(where[..., None], q, 0.0)
-    q = (1 - label_smoothing) * q + label_smoothing / x.shape[-1]
-    weighted = jnp.broadcast_to(w, q.shape) * q
+    class_weights, axis = _weights_or_axis(class_weights, axis, 1)
+    x, q, mask = operands.classes_last(axis, logits, labels, where)
+    x = operands.outputs(x)
+    q, w, mask = operands.distributions(q, x), operands.weights(class_weights, x), operands.mask(mask, x)
+    dtype = operands.accumulation_dtype(x.dtype)
+    smoothing = operands.option(label_smoothing, "label_smoothing", dtype, 1.0)
+    z = operands.option(z_loss, "z_loss", dtype)
+    x, q, num_classes = x.astype(dtype), q.astype(dtype), x.shape[-1]
+    counts = mask
+    if mask is not None and mask.ndim == x.ndim:
+        num_classes = jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1).astype(dtype)
+        counts = jnp.any(mask, -1)
+        x = jnp.where(mask, x, -jnp.inf)
+    if counts is not None:
+        x = jnp.where(counts[..., None], x, 0.0)
+    if smoothing is not None:
+        q = (1 - smoothing) * q + smoothing / num_classes
+    if mask is not None:
+        q = jnp.where(mask if mask.ndim == x.ndim else mask[..., None], q, 0.0)
+    weighted = operands.broadcast_like(w.astype(dtype), q) * q
     top = lax.stop_gradient(jnp.max(x, -1, initial=-jnp.inf))
     shift = jnp.where(jnp.isfinite(top), top, 0.0)
     shifted = x - shift[..., None]
     log_total = jax.nn.logsumexp(shifted, -1)
     finite = jnp.where((weighted == 0) & jnp.isneginf(x), 0.0, shifted)
     loss = jnp.sum(weighted, -1) * log_total - jnp.sum(weighted * finite, -1)
-    if z_loss:
-        loss += z_loss * (log_total + shift) ** 2
-    return loss if where is None else jnp.where(where, loss, 0.0)
+    if z is not None:
+        loss += z * (log_total + shift) ** 2
+    return loss if counts is None else jnp.where(counts, loss, 0.0)
 
 
 def squared_error(
-    outputs: Float[Array, "*batch classes"],
-    labels: Integer[Array, "*batch"],
-    class_weights: Float[Array, " classes"] | None = None,
+    outputs: Real[ArrayLike, "*batch classes"] | list,
+    labels: Integer[ArrayLike, "*batch"] | list,
+    class_weights: Real[ArrayLike, " classes"] | list | None = None,
     *,
     weighting: Literal["sample", "unit"] = "sample",
-    where: Bool[Array, "*batch"] | None = None,
+    where: Bool[ArrayLike, "*batch"] | list | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Squared error against the one-hot target of an integer label, with class weights, one value per example.
 
@@ -159,7 +184,7 @@ def squared_error(
         weight of 0 silences an infinite square.
     - `weighting`: `"sample"` weighs an example by its label's weight; `"unit"` weighs every output unit, in every
         example, by the weight of the unit's class.
-    - `where`: examples that count. The others give exactly 0 and no gradient, whatever their outputs and labels hold.
+    - `where`: boolean, examples that count. The others give exactly 0 and no gradient, whatever they hold.
 
     **Returns:** float32, or float64 for float64 outputs, with the shape of `labels`.
 
@@ -171,15 +196,28 @@ def squared_error(
     """
     if weighting not in ("sample", "unit"):
         raise ValueError(f'weighting must be "sample" or "unit", got {weighting!r}.')
-    class_weights = _validated(outputs, labels.shape, class_weights, where, name="outputs")
-    f, y, w = prepared(jnp.asarray(outputs), jnp.asarray(labels), jnp.asarray(class_weights), where)
-    known = in_range(y, f)
-    weight = jnp.broadcast_to(w if weighting == "unit" else at_label(w, y)[..., None], f.shape)
+    f = operands.outputs(outputs, "outputs")
+    y = operands.class_indices(labels, f, "outputs")
+    mask = operands.mask(where, f, of_classes=False)
+    f, y, w = prepared(f, y, mask, operands.weights(class_weights, f))
+    known = label.in_range(y, f)
+    weight = operands.broadcast_like(w if weighting == "unit" else label.weight(w, y)[..., None], f)
     error = jnp.where(known[..., None], f - jax.nn.one_hot(y, f.shape[-1], dtype=f.dtype), 0.0)
     # Before it is squared: the derivative of a square that is silenced afterwards would still be 0 · inf.
     error = jnp.where((weight == 0) & jnp.isinf(error**2), 0.0, error)
     loss = jnp.where(known, jnp.sum(weight * error**2, -1), jnp.nan)
-    return loss if where is None else jnp.where(where, loss, 0.0)
+    return loss if mask is None else jnp.where(mask, loss, 0.0)
+
+
+def _weights_or_axis(class_weights, axis, num_axes):
+    """Class weights, and the axis of the classes, which optax has in their place: an integer, which class weights never
+    are; or as many integers as there are axes of classes, where these are several."""
+    is_several = isinstance(class_weights, tuple) and len(class_weights) == num_axes > 1
+    if not isinstance(class_weights, int) and not (is_several and all(isinstance(a, int) for a in class_weights)):
+        return class_weights, axis
+    if axis != -1:
+        raise ValueError(f"got two axes of classes, {class_weights} in the place of the class weights and axis={axis}.")
+    return None, class_weights
 
 
 @runtime_checkable
@@ -190,12 +228,25 @@ class BaseLoss(Protocol):
 
 
 class DynamicalLoss(eqx.Module):
-    r"""The scalar that training minimises: a per-example loss under class weights that change with the step.
+    r"""The scalar that training minimises: a per-example loss whose class weights, and options, change with the step.
 
-    $$F(t) = \frac1N\sum_j \ell(f(x_j), y_j;\,\Gamma(t)),$$
+    $$F(t) = \frac1N\sum_j \ell(f(x_j), y_j;\,\Gamma(t), \ldots),$$
 
-    the mean over the N examples (not divided by the sum of the weights). A PyTree: its leaves are the schedule's
-    hyperparameters, which can be batched, differentiated and traced.
+    the mean over the N examples (not divided by the sum of the weights). Any option of the loss may be a schedule:
+
+    ```python
+    >>> import jax.numpy as jnp, optax
+    >>> from eqx_dynloss.loss import DynamicalLoss
+    >>> from eqx_dynloss.schedule import OscillatingWeights
+    >>> smoothing = optax.linear_schedule(0.2, 0.0, 1000)
+    >>> loss = DynamicalLoss(OscillatingWeights(2, 70.0, 500), label_smoothing=smoothing, z_loss=1e-4)
+    >>> loss(jnp.array([[0.0, 1.0]]), jnp.array([1]), step=250)
+    Array(0.0224559, dtype=float32)
+
+    ```
+
+    A PyTree: its leaves are the arrays in the schedule and in the options, which can be batched, differentiated and
+    traced, and so may differ between the members of an ensemble. Numbers and functions are static.
 
     ??? cite
 
@@ -203,7 +254,24 @@ class DynamicalLoss(eqx.Module):
     """
 
     schedule: AbstractSchedule
-    base: BaseLoss = eqx.field(static=True, default=softmax_cross_entropy)
+    base: BaseLoss = eqx.field(static=True)
+    options: dict[str, Any]
+    static_options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+
+    def __init__(self, schedule: AbstractSchedule, base: BaseLoss = softmax_cross_entropy, **options: Any):
+        """**Arguments:**
+
+        - `schedule`: class weights as a function of the step.
+        - `base`: the loss of an example.
+        - `options`: keyword arguments of `base`, such as `label_smoothing`: values, or callables of the step that give
+            them, such as optax's schedules and Equinox modules.
+        """
+        arrays = {k: jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v for k, v in options.items()}
+        dynamic = {k for k, v in arrays.items() if any(map(eqx.is_array, jax.tree.leaves(v)))}
+        self.schedule = schedule
+        self.base = base
+        self.options = {k: v for k, v in arrays.items() if k in dynamic}
+        self.static_options = tuple((k, v) for k, v in arrays.items() if k not in dynamic)
 
     def __call__(self, outputs: PyTree[Array], labels: Array, step: Step) -> Float[Array, ""]:
         """**Arguments:**
@@ -214,32 +282,7 @@ class DynamicalLoss(eqx.Module):
 
         **Returns:** the mean loss over the batch.
         """
-        return jnp.mean(self.base(outputs, labels, self.schedule(step)))
-
-
-def _accumulation_dtype(logits):
-    # Not promote_types: it refuses bfloat16 with float32 under strict dtype promotion.
-    return jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-
-
-def _validated(logits, batch_shape, class_weights, where, label_smoothing=0.0, z_loss=0.0, *, name="logits"):
-    if logits.ndim == 0 or logits.shape[:-1] != batch_shape:
-        raise ValueError(
-            f"{name} must have the batch shape of the labels plus one axis of classes, "
-            f"got {name} of shape {logits.shape} for labels of batch shape {batch_shape}."
-        )
-    if where is not None and where.shape != batch_shape:
-        raise ValueError(f"where must have the batch shape {batch_shape} of the labels, got {where.shape}.")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}.")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}.")
-    num_classes = logits.shape[-1]
-    if class_weights is None:
-        return jnp.ones(num_classes, _accumulation_dtype(logits))
-    if class_weights.shape != (num_classes,):
-        raise ValueError(
-            f"class_weights must hold one weight for each of the {num_classes} classes, "
-            f"got shape {class_weights.shape}."
-        )
-    return class_weights
+        options = dict(self.static_options) | self.options
+        values = {name: option(step) if callable(option) else option for name, option in options.items()}
+        base: Any = self.base
+        return jnp.mean(base(outputs, labels, self.schedule(step), **values))

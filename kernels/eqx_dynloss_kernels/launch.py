@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .operands import is_explicit
+
 _WHOLE_ROW = 8192  # classes that a program holds at once
 
 
@@ -33,7 +35,7 @@ def obstacle(logits) -> str | None:
     """Why the kernel cannot take these logits, whatever the platform; None if it can."""
     if logits.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 or float16, and these logits are {logits.dtype}"
-    if jax.sharding.AxisType.Explicit in jax.typeof(logits).sharding.mesh.axis_types:
+    if is_explicit(logits):
         return "it does not know how to run on an explicitly sharded mesh: call it inside jax.shard_map"
     if not all(isinstance(size, int) for size in logits.shape):
         return "it needs to know the shape of the logits, and a dimension of these is symbolic"

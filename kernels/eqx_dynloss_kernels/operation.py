@@ -8,152 +8,145 @@ is known only then: the kernel for CUDA, if it is possible and worth it, and pla
 """
 
 import functools as ft
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import launch, plain
+from . import label, launch, plain
+from .operands import broadcast_like, vary_alike
 
 Implementation = Literal["xla", "pallas"]
 
 
-class Options(NamedTuple):
-    """What is static about the operation."""
+class Operands(NamedTuple):
+    """What the operation is a function of. A label smoothing or z-loss of None is 0, and costs nothing.
 
-    label_smoothing: float
-    z_loss: float
-    implementation: Implementation | None
+    Inside the primitive, class weights and options may have leading axes: they are the first of the batch axes.
+    """
+
+    logits: Any
+    labels: Any
+    where: Any
+    class_weights: Any
+    label_smoothing: Any
+    z_loss: Any
+
+
+_SHARED = Operands(logits=None, labels=None, where=None, class_weights=1, label_smoothing=0, z_loss=0)  # axes of each
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def forward(options: Options, logits, labels, class_weights, where):
+def forward(implementation: Implementation | None, operands: Operands):
     """As `plain.forward`: (loss, total, shift)."""
-    args = [logits, labels, class_weights] + ([] if where is None else [where])
-    if options.implementation == "xla" or launch.obstacle(logits):
-        return tuple(_plain(*args, options=options))
-    return tuple(_value.bind(*_vary_alike(args), options=options))
+    if implementation == "xla" or launch.obstacle(operands.logits):
+        return tuple(_plain(operands))
+    args, structure = jax.tree.flatten(operands)
+    return tuple(_value.bind(*vary_alike(*args), implementation=implementation, structure=structure))
 
 
 @ft.partial(forward.defjvp, symbolic_zeros=True)
-def _forward_jvp(options, primals, tangents):
+def _forward_jvp(implementation, primals, tangents):
     # The rule is differentiated again for second derivatives: total has its own tangent, and the shift is a constant.
     # exp(x − shift) is what plain.forward computed, and XLA sees that: one exp a logit for value and derivative.
-    logits, labels, class_weights, where = primals
-    dlogits, _, dweights, _ = tangents
-    epsilon = options.label_smoothing
-    loss, total, shift = forward(options, *primals)
-    x, labels, w = plain.prepared(*primals)
-    exps = jnp.exp(x - shift[..., None])
+    (operands,), (tangent,) = primals, tangents
+    logits, labels, where, class_weights, smoothing, z_loss = operands
+    loss, total, shift = forward(implementation, operands)
+    x, labels, w = plain.prepared(logits, labels, where, class_weights)
+    at_label, spread = plain.targets(w, labels, smoothing)
+    shifted = x - shift[..., None]
+    exps = jnp.exp(shifted)
     dloss = dtotal = jnp.zeros_like(total)
-    if not _is_zero(dlogits):
-        dx = dlogits.astype(x.dtype)
+    if _moves(tangent.logits):
+        dx = tangent.logits.astype(x.dtype)
         if where is not None:
             dx = jnp.where(where[..., None], dx, 0)
         dtotal = jnp.sum(exps * dx, -1)
         dlse = dtotal / total
-        dloss = (1 - epsilon) * plain.at_label(w, labels) * (dlse - _picked(dx, labels, x.dtype != logits.dtype))
-        if epsilon:
-            rows = jnp.broadcast_to(w, x.shape)
-            dloss += epsilon / x.shape[-1] * (jnp.sum(w) * dlse - jnp.sum(rows * dx, -1))
-        if options.z_loss:
-            dloss += 2 * options.z_loss * (jnp.log(total) + shift) * dlse
-    if not _is_zero(dweights):
-        # This must be linear in the tangent: what is silenced depends on the weight.
-        dw = dweights.astype(w.dtype)
+        dloss = at_label * (dlse - label.entry_of_tangent(dx, labels, widened=x.dtype != logits.dtype))
+        if spread is not None:
+            dloss += jnp.sum(spread) * dlse - jnp.sum(broadcast_like(spread, x) * dx, -1)
+        if z_loss is not None:
+            dloss += 2 * z_loss * (jnp.log(total) + shift) * dlse
+    dtargets = []
+    if _moves(tangent.class_weights):  # in which the targets are linear
+        dtargets.append(plain.targets(tangent.class_weights.astype(w.dtype), labels, smoothing))
+    if _moves(tangent.label_smoothing):
+        dsmoothing = tangent.label_smoothing
+        dtargets.append((-dsmoothing * label.weight(w, labels), dsmoothing / w.size * w))
+    for dat_label, dspread in dtargets:
+        # This must be linear in the tangents: what is silenced depends on the targets.
         log_total = jnp.log(total)
-        nll = plain.silenced(plain.nll(logits, labels, log_total, shift), plain.at_label(w, labels))
-        nll = nll if where is None else jnp.where(where, nll, 0)
-        dloss += (1 - epsilon) * plain.at_label(dw, labels) * nll
-        if epsilon:
-            rows, drows = jnp.broadcast_to(w, x.shape), jnp.broadcast_to(dw, x.shape)
-            shifted = plain.silenced(x - shift[..., None], rows)
-            dloss += epsilon / x.shape[-1] * (jnp.sum(dw) * log_total - jnp.sum(drows * shifted, -1))
-    counts = plain.in_range(labels, x) if where is None else plain.in_range(labels, x) & where
+        nll = plain.silenced(plain.nll(logits, labels, log_total, shift), at_label)
+        dloss += dat_label * (nll if where is None else jnp.where(where, nll, 0))
+        if spread is not None:
+            finite = plain.silenced(shifted, broadcast_like(spread, x))
+            dloss += jnp.sum(dspread) * log_total - jnp.sum(broadcast_like(dspread, x) * finite, -1)
+    if _moves(tangent.z_loss):
+        dloss += tangent.z_loss * (jnp.log(total) + shift) ** 2
+    counts = label.in_range(labels, x) if where is None else label.in_range(labels, x) & where
     dtotal = dtotal if where is None else jnp.where(where, dtotal, 0)
     return (loss, total, shift), (jnp.where(counts, dloss, 0), dtotal, jnp.zeros_like(shift))
 
 
-def _picked(x, labels, widened: bool):
-    """The entry of each row that its label names; of a label out of range, any finite one or 0.
-
-    `widened`: whether `x` has a wider dtype than the logits are stored in.
-    """
-
-    def compare(x, labels):  # its transpose is fused into the pass that writes the logits' gradient
-        is_label = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == labels[..., None]
-        return jnp.sum(jnp.where(is_label, x, 0), -1)
-
-    def gather(x, labels):  # its transpose, a scatter of one entry a row, costs a CPU less than comparing all entries
-        return jnp.take_along_axis(x, labels[..., None], -1, mode="clip")[..., 0]
-
-    labels = labels.astype(jnp.int32)
-    # A scatter would stand between a gradient and its rounding to narrower logits: one more array of all entries.
-    if widened or x.shape[-1] < 64:
-        return compare(x, labels)
-    return lax.platform_dependent(x, labels, cpu=gather, default=compare)
+def _moves(tangent) -> bool:
+    return tangent is not None and not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
-# The value: of logits, labels, class weights and, if there is one, the mask. Class weights may have leading axes: they
-# are the first batch axes, and the mapped ones.
 _value = Primitive("weighted_xent")
 _value.multiple_results = True
 
 
 @_value.def_impl
-def _call(*args, options):
-    return _compiled(options)(*args)
+def _call(*args, **params):
+    with jax.disable_jit(False):  # what is disabled would come back here
+        return _compiled(**params)(*args)
 
 
 @ft.cache
-def _compiled(options: Options):
-    return jax.jit(ft.partial(_value.bind, options=options))
+def _compiled(**params):
+    return jax.jit(ft.partial(_value.bind, **params))
 
 
 @_value.def_abstract_eval
-def _types(logits, labels, *_, options):
+def _types(logits, labels, *_, **params):
     return [labels.update(dtype=jnp.float32, weak_type=False)] * 3
 
 
-def _fold(args, axes, *, options):
-    logits, labels, class_weights, *_ = args
-    if axes[0] != 0 and options.implementation is None:
+def _fold(args, axes, *, implementation, structure):
+    operands, axes = (Operands(*jax.tree.unflatten(structure, values)) for values in (args, axes))
+    if axes.logits != 0 and implementation is None:
         # Several losses of the same logits: XLA reads them once, the kernel would need a copy for each. And where the
         # mapped axis is not the first, it would need one with the axes exchanged.
-        softmax = 0 if axes[0] is not None or any(axis is not None for axis in axes[3:]) else None
+        softmax = 0 if axes.logits is not None or axes.where is not None else None
         out_axes = [0, softmax, softmax]
-        return jax.vmap(ft.partial(_plain, options=options), axes, out_axes)(*args), out_axes
-    size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
+        return jax.vmap(_plain, (axes,), out_axes)(operands), out_axes
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
 
-    def stack(x, axis):
+    def stack(x, axis, shared):
+        if x is None or (axis is None and x.ndim == shared):
+            return x
         return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
 
-    shared = axes[2] is None and class_weights.ndim == 1
-    args = [x if shared and x is class_weights else stack(x, axis) for x, axis in zip(args, axes, strict=True)]
-    return _value.bind(*args, options=options), [0, 0, 0]
+    stacked = Operands(*map(stack, operands, axes, _SHARED))
+    return _value.bind(*jax.tree.leaves(stacked), implementation=implementation, structure=structure), [0, 0, 0]
 
 
 batching.primitive_batchers[_value] = _fold
 
 
-def _jvp(primals, tangents, *, options):
+def _jvp(primals, tangents, *, implementation, structure):
     # For the outer rule's sake: JAX 0.10 takes it off in what jax.checkpoint recomputes.
-    active = [i for i, tangent in enumerate(tangents) if i in (0, 2) and not isinstance(tangent, ad.Zero)]
+    floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in primals]
+    active = [i for i, t in enumerate(tangents) if floating[i] and not isinstance(t, ad.Zero)]
 
     def function(*values):
-        moved = dict(zip(active, values, strict=True))
-        logits, labels, class_weights, *where = (moved.get(i, x) for i, x in enumerate(primals))
-        f = ft.partial(forward, options)
-        for _ in class_weights.shape[:-1]:
-            f = jax.vmap(f)
-        return list(f(logits, labels, class_weights, where[0] if where else None))
+        args = [*primals]
+        for i, value in zip(active, values, strict=True):
+            args[i] = value
+        return list(_by_group(ft.partial(forward, implementation), jax.tree.unflatten(structure, args)))
 
     return jax.jvp(function, [primals[i] for i in active], [tangents[i] for i in active])
 
@@ -161,61 +154,56 @@ def _jvp(primals, tangents, *, options):
 ad.primitive_jvps[_value] = _jvp
 
 
-def _lower_for_cuda(context, *args, options):
-    logits = context.avals_in[0]
-    if options.implementation == "pallas":
-        return _lower(_fused, context, args, options)
-    if not launch.worthwhile(logits):
-        return _lower(_plain, context, args, options)
+def _by_group(function, operands: Operands):
+    """Calls a function that knows no groups: maps it over the leading axes of class weights and options."""
+    extra = [0 if x is None or rank is None else x.ndim - rank for x, rank in zip(operands, _SHARED, strict=True)]
+    for level in range(max(extra), 0, -1):  # from the inside out
+        axes = [0 if rank is None or n >= level else None for n, rank in zip(extra, _SHARED, strict=True)]
+        function = jax.vmap(function, (Operands(*axes),))
+    return function(operands)
+
+
+def _lower_for_cuda(context, *args, **params):
+    if params["implementation"] == "pallas":
+        return _lower(_fused, context, args, params)
+    if not launch.worthwhile(context.avals_in[0]):
+        return _lower(_plain, context, args, params)
     try:
-        return _lower(_fused, context, args, options)
+        return _lower(_fused, context, args, params)
     except Exception:  # whatever a future JAX or an unknown GPU may object to: nobody asked for the kernel by name
-        return _lower(_plain, context, args, options)
+        return _lower(_plain, context, args, params)
 
 
-def _lower_elsewhere(context, *args, options):
-    return _lower(_plain if options.implementation is None else _refused, context, args, options)
+def _lower_elsewhere(context, *args, **params):
+    return _lower(_plain if params["implementation"] is None else _refused, context, args, params)
 
 
-def _lower(function, context, args, options):
-    return mlir.lower_fun(function, multiple_results=True)(context, *args, options=options)
+def _lower(function, context, args, params):
+    def of_leaves(*args):
+        return function(jax.tree.unflatten(params["structure"], args))
+
+    return mlir.lower_fun(of_leaves, multiple_results=True)(context, *args)
 
 
 mlir.register_lowering(_value, _lower_elsewhere)
 mlir.register_lowering(_value, _lower_for_cuda, platform="cuda")
 
 
-def _plain(logits, labels, class_weights, where=None, *, options):
-    function = ft.partial(plain.forward, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
-    for _ in class_weights.shape[:-1]:
-        function = jax.vmap(function)
-    return list(function(logits, labels, class_weights, where))
+def _plain(operands: Operands):
+    return list(_by_group(lambda operands: plain.forward(*operands), operands))
 
 
-def _fused(logits, labels, class_weights, where=None, *, options):
+def _fused(operands: Operands):
     from . import triton  # Pallas for Triton is not in every version of JAX
 
-    num_classes = logits.shape[-1]
-    outputs = triton.forward(
-        logits.reshape(-1, num_classes),
-        labels.reshape(-1),
-        class_weights.reshape(-1, num_classes),
-        None if where is None else where.reshape(-1),
-        options.label_smoothing,
-        options.z_loss,
-    )
-    return [x.reshape(labels.shape) for x in outputs]
+    num_classes = operands.logits.shape[-1]
+    rows = [(-1, num_classes), (-1,), (-1,), (-1, num_classes), (-1,), (-1,)]
+    flat = [None if x is None else x.reshape(shape) for x, shape in zip(operands, rows, strict=True)]
+    return [x.reshape(operands.labels.shape) for x in triton.forward(*flat)]
 
 
-def _refused(*_, options):
+def _refused(_):
     raise ValueError(
-        f'implementation="{options.implementation}" is for NVIDIA GPUs, and this program is for another platform: use '
-        '"xla", or None, which picks what fits.'
+        'implementation="pallas" is for NVIDIA GPUs, and this program is for another platform: use "xla", or None, '
+        "which picks what fits."
     )
-
-
-def _vary_alike(args):
-    """Inside `shard_map`, marks all arguments as varying over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in args]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(args, missing, strict=True)]

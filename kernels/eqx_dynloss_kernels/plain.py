@@ -8,46 +8,45 @@ $$\ell = \sum_c w_c\,q_c\,(\mathrm{lse}(x) - x_c) + z\,\mathrm{lse}(x)^2.$$
 Everything is computed from logits shifted by their maximum, so that no digits are lost to a common offset.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
+
+from . import label
+from .operands import accumulation_dtype, broadcast_like
 
 
 def forward(
     logits: Float[Array, "*batch classes"],
     labels: Integer[Array, "*batch"],
-    class_weights: Float[Array, " classes"],
     where: Bool[Array, "*batch"] | None,
-    label_smoothing: float,
-    z_loss: float,
+    class_weights: Float[Array, " classes"],
+    label_smoothing: Float[Array, ""] | None,
+    z_loss: Float[Array, ""] | None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch"]]:
     """The losses, and what the softmax needs: the total Σ exp(x − shift) and the shift.
 
     An example that is masked has loss 0, total 1 and shift 0. A label out of range has the loss NaN.
     """
-    x, labels, w = prepared(logits, labels, class_weights, where)
+    x, labels, w = prepared(logits, labels, where, class_weights)
     top = jnp.max(x, -1, initial=-jnp.inf)
     shift = jnp.where(jnp.isfinite(top), top, 0)
     total = jnp.sum(jnp.exp(x - shift[..., None]), -1)
     log_total = jnp.log(total)
-    weight = at_label(w, labels)
-    loss = (1 - label_smoothing) * weight * silenced(nll(logits, labels, log_total, shift), weight)
-    if label_smoothing:
-        shifted, rows = x - shift[..., None], jnp.broadcast_to(w, x.shape)
-        spread = jnp.sum(w) * log_total - jnp.sum(rows * silenced(shifted, rows), -1)
-        loss += label_smoothing / x.shape[-1] * spread
-    if z_loss:
+    at_label, spread = targets(w, labels, label_smoothing)
+    loss = at_label * silenced(nll(logits, labels, log_total, shift), at_label)
+    if spread is not None:
+        loss += spread_out(spread, log_total, x - shift[..., None])
+    if z_loss is not None:
         loss += z_loss * (log_total + shift) ** 2
-    loss = jnp.where(in_range(labels, x), loss, jnp.nan)
+    loss = jnp.where(label.in_range(labels, x), loss, jnp.nan)
     if where is None:
         return loss, total, shift
     return jnp.where(where, loss, 0), jnp.where(where, total, 1), jnp.where(where, shift, 0)
 
 
-def prepared(logits, labels, class_weights, where):
+def prepared(logits, labels, where, class_weights):
     """Logits and weights in the dtype of the computation; a masked example as one that is certain to be harmless."""
-    # Not promote_types: it refuses bfloat16 with float32 under strict dtype promotion.
-    dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
+    dtype = accumulation_dtype(logits.dtype)
     # 1000 does not fit into int8, nor 256 into uint8: comparing labels with the number of classes would wrap around.
     labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
     x = logits.astype(dtype)
@@ -56,28 +55,27 @@ def prepared(logits, labels, class_weights, where):
     return x, labels, class_weights.astype(dtype)
 
 
-def in_range(labels, logits):
-    return (labels >= 0) & (labels < logits.shape[-1])
+def targets(w, labels, label_smoothing):
+    """The weighted target: what the label's class has of it, and, if there is smoothing, every class besides."""
+    if label_smoothing is None:
+        return label.weight(w, labels), None
+    return (1 - label_smoothing) * label.weight(w, labels), label_smoothing / w.size * w
+
+
+def spread_out(spread, log_total, shifted):
+    """The loss of what is spread over the classes, Σ_c spread_c (log_total − shifted_c); `spread` may differ by row."""
+    rows = broadcast_like(spread, shifted)
+    return jnp.sum(spread, -1) * log_total - jnp.sum(rows * silenced(shifted, rows), -1)
 
 
 def nll(logits, labels, log_total, shift):
     """−log softmax at the label; of a label out of range, whose loss will be NaN, at another one.
 
-    Gathered from the logits as they came, so that nothing wider is ever stored.
+    Taken from the logits as they came, so that nothing wider is ever stored.
     """
-    true = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")[..., 0]
-    return log_total - (true.astype(log_total.dtype) - shift)
+    return log_total - (label.entry(logits, labels).astype(log_total.dtype) - shift)
 
 
 def silenced(x, weight):
     """`x`, but 0 for an infinity that a weight of 0 multiplies."""
     return jnp.where((weight == 0) & jnp.isinf(x), 0, x)
-
-
-def at_label(w, labels):
-    """The weight of each label, 0 if there is no such class."""
-    sharding = jax.typeof(labels).sharding  # on an explicitly sharded mesh the result's has to be said
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return w.at[labels].get(
-        mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding if explicit else None
-    )

@@ -21,62 +21,76 @@ from .launch import launch
 def forward(
     logits: Float[Array, "rows classes"],
     labels: Integer[Array, " rows"],
-    class_weights: Float[Array, "groups classes"],
     where: Bool[Array, " rows"] | None,
-    label_smoothing: float,
-    z_loss: float,
+    class_weights: Float[Array, "groups classes"],
+    label_smoothing: Float[Array, " smoothing_groups"] | None,
+    z_loss: Float[Array, " z_groups"] | None,
 ) -> tuple[Float32[Array, " rows"], Float32[Array, " rows"], Float32[Array, " rows"]]:
-    """As `plain.forward`, but the rows come in equal groups that have class weights of their own."""
+    """As `plain.forward`, but the rows come in equal groups that have class weights and options of their own."""
     num_rows, num_classes = logits.shape
     block_rows, block_columns, num_warps = launch(num_rows, num_classes)
     if class_weights.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         class_weights = class_weights.astype(jnp.float32)
-    args = [labels, class_weights.reshape(-1), logits] + ([] if where is None else [where])
     by_row = pl.BlockSpec((block_rows,), lambda i: (i,))
-    whole = pl.BlockSpec((class_weights.size,), lambda i: (0,))
     padded = pl.cdiv(num_classes, block_columns) * block_columns
-    in_specs = [by_row, whole, pl.BlockSpec((block_rows, padded), lambda i: (i, 0)), by_row][: len(args)]
+    inputs = {"logits": (logits, pl.BlockSpec((block_rows, padded), lambda i: (i, 0))), "labels": (labels, by_row)}
+    if where is not None:
+        inputs["where"] = where, by_row
+    rows_per_group = {}
+    for name, array in {"weights": class_weights, "smoothing": label_smoothing, "z": z_loss}.items():
+        if array is not None:
+            rows_per_group[name] = num_rows // len(array)
+            inputs[name] = array.reshape(-1), pl.BlockSpec((array.size,), lambda i: (0,))
     kernel = ft.partial(
         _kernel,
+        names=tuple(inputs),
         shape=(num_rows, num_classes),
-        rows_per_group=num_rows // class_weights.shape[0],
         block=(block_rows, block_columns),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        rows_per_group=rows_per_group,
     )
     # Inside jax.shard_map the results vary over the mesh axes that the arguments do.
     out_shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32, manual_axis_type=jax.typeof(logits).manual_axis_type)
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(num_rows, block_rows),),
-        in_specs=in_specs,
+        in_specs=[spec for _, spec in inputs.values()],
         out_specs=[by_row] * 3,
         out_shape=[out_shape] * 3,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
         name="weighted_xent",
-    )(*args)
+    )(*(array for array, _ in inputs.values()))
 
 
-def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, block, label_smoothing, z_loss):
-    *where_ref, loss_ref, total_ref, shift_ref = refs
+def _kernel(*refs, names, shape, block, rows_per_group):
+    *inputs, loss_ref, total_ref, shift_ref = refs
+    inputs = dict(zip(names, inputs, strict=True))
+    logits_ref, weights_ref = inputs["logits"], inputs["weights"]
     (num_rows, num_classes), (block_rows, block_columns) = shape, block
     local = jnp.arange(block_rows, dtype=jnp.int32)
     rows = pl.program_id(0) * block_rows + local
     exists = rows < num_rows
-    first_weight = rows // rows_per_group * num_classes if rows_per_group < num_rows else jnp.zeros_like(rows)
 
-    label = plgpu.load(labels_ref.at[:], mask=exists, other=0)
+    def group(name):
+        each = rows_per_group[name]
+        return rows // each if each < num_rows else jnp.zeros_like(rows)
+
+    def option(name):
+        return plgpu.load(inputs[name].at[group(name)], mask=exists, other=0) if name in inputs else None
+
+    first_weight, smoothing, z = group("weights") * num_classes, option("smoothing"), option("z")
+
+    label = plgpu.load(inputs["labels"].at[:], mask=exists, other=0)
     label = label if label.dtype.itemsize == 8 else label.astype(jnp.int32)
     in_range = (label >= 0) & (label < num_classes)
     label = jnp.where(in_range, label, 0).astype(jnp.int32)
-    counts = exists & plgpu.load(where_ref[0].at[:], mask=exists, other=False) if where_ref else exists
+    counts = exists & plgpu.load(inputs["where"].at[:], mask=exists, other=False) if "where" in inputs else exists
     has_label = in_range & counts
     # A program with one row need not read it if it is masked. With several rows, that makes the compiler run out of
     # registers.
     is_read = counts if block_rows == 1 else exists
 
     def of_block(start):
-        """Of a block of columns: the shift, the total, the sum of the weights, and that of the weighted x − shift."""
+        """Of a block of columns: the shift, the total, the sum of the spread target, and that of it times x − shift."""
         columns = start + jnp.arange(block_columns, dtype=jnp.int32)
         mask = _outer(is_read, columns < num_classes)
         x = plgpu.load(logits_ref.at[:, pl.ds(start, block_columns)], mask=mask, other=-jnp.inf).astype(jnp.float32)
@@ -84,26 +98,29 @@ def _kernel(labels_ref, weights_ref, logits_ref, *refs, shape, rows_per_group, b
         shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
         x = x - shift[:, None]
         total = jnp.sum(jnp.exp(x), 1)
-        if not label_smoothing:
+        if smoothing is None:
             return shift, total, jnp.zeros_like(total), jnp.zeros_like(total)
         w = plgpu.load(weights_ref.at[_outer_sum(first_weight, columns)], mask=mask, other=0).astype(jnp.float32)
-        return shift, total, jnp.sum(w, 1), jnp.sum(w * _silenced(x, w), 1)
+        spread = (smoothing / num_classes)[:, None] * w
+        return shift, total, jnp.sum(spread, 1), jnp.sum(spread * _silenced(x, spread), 1)
 
     num_blocks = pl.cdiv(num_classes, block_columns)
     sums = of_block(0)
     if num_blocks > 1:
         sums = lax.fori_loop(1, num_blocks, lambda i, sums: _merged(sums, of_block(i * block_columns)), sums)
-    shift, total, weight_sum, weighted = sums
+    shift, total, spread, weighted = sums
 
     log_total = jnp.log(total)
     weight = plgpu.load(weights_ref.at[first_weight + label], mask=has_label, other=0).astype(jnp.float32)
     true = plgpu.load(logits_ref.at[local, label], mask=has_label, other=0).astype(jnp.float32)
-    loss = (1 - label_smoothing) * weight * _silenced(log_total - (true - shift), weight)
-    if label_smoothing:
-        loss += label_smoothing / num_classes * (weight_sum * log_total - weighted)
-    if z_loss:
+    if smoothing is not None:
+        weight = (1 - smoothing) * weight
+    loss = weight * _silenced(log_total - (true - shift), weight)
+    if smoothing is not None:
+        loss += spread * log_total - weighted
+    if z is not None:
         lse = log_total + shift
-        loss += z_loss * lse * lse
+        loss += z * lse * lse
     loss = jnp.where(in_range, loss, jnp.nan)
     plgpu.store(loss_ref.at[:], jnp.where(counts, loss, 0.0), mask=exists)
     plgpu.store(total_ref.at[:], jnp.where(counts, total, 1.0), mask=exists)
@@ -116,11 +133,11 @@ def _merged(one, other):
     top = jnp.maximum(*largest)
     new_shift = jnp.where(jnp.abs(top) < jnp.inf, top, 0.0)
 
-    def moved(shift, total, weight_sum, weighted):
+    def moved(shift, total, spread, weighted):
         # A total of 0 has no shift yet, and an infinite one never will: they stay, whatever multiplies them.
         scales = (total > 0) & (total < jnp.inf)
         total = jnp.where(scales, total * jnp.exp(shift - new_shift), total)
-        return total, weight_sum, weighted + jnp.where(weight_sum == 0, 0.0, weight_sum * (shift - new_shift))
+        return total, spread, weighted + jnp.where(spread == 0, 0.0, spread * (shift - new_shift))
 
     return new_shift, *(x + y for x, y in zip(moved(*one), moved(*other), strict=True))
 

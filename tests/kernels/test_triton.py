@@ -28,15 +28,18 @@ def inputs(num_rows, num_classes, groups, dtype, where, seed=0):
     rng = np.random.RandomState(seed + 1)
     weights = rng.uniform(0, 2, (groups, num_classes))
     mask = jnp.asarray(rng.rand(num_rows) < 0.7) if where else None
-    return jnp.asarray(logits, dtype), jnp.asarray(labels), jnp.asarray(weights, jnp.float32), mask
+    return jnp.asarray(logits, dtype), jnp.asarray(labels), mask, jnp.asarray(weights, jnp.float32)
 
 
 def check_against_plain(args, options):
     """Rows in groups, as the kernel takes them, against one group at a time."""
-    actual = triton.forward(*args, *options)
-    groups = args[2].shape[0]
+    logits, labels, mask, weights = args
+    actual = triton.forward(*args, *(x if x is None else x.reshape(-1) for x in options))
+    groups = len(weights)
     split = lambda x: None if x is None else x.reshape(groups, -1, *x.shape[1:])
-    expected = jax.vmap(lambda *args: plain.forward(*args, *options))(*map(split, args[:2]), args[2], split(args[3]))
+    by_group = [0 if x is not None and x.ndim else None for x in options]
+    run = jax.vmap(plain.forward, (0, 0, None if mask is None else 0, 0, *by_group))
+    expected = run(split(logits), split(labels), split(mask), weights, *options)
     for x, y in zip(actual, expected, strict=True):
         assert tree_allclose(x, y.reshape(-1), rtol=3e-6, atol=3e-6)
 
@@ -56,9 +59,10 @@ def check_against_plain(args, options):
     ],
 )
 def test_the_kernel_computes_what_plain_jax_computes(interpreted, num_rows, num_classes, groups, dtype, option):
-    options = {"label_smoothing": 0.0, "z_loss": 0.0, "where": False, **OPTIONS[option][0]}
-    args = inputs(num_rows, num_classes, groups, dtype, options["where"])
-    check_against_plain(args, (options["label_smoothing"], options["z_loss"]))
+    options = OPTIONS[option][0]
+    args = inputs(num_rows, num_classes, groups, dtype, options.get("where", False))
+    given = (options.get("label_smoothing"), options.get("z_loss"))
+    check_against_plain(args, [None if value is None else jnp.asarray(value, jnp.float32) for value in given])
 
 
 @pytest.mark.parametrize("offset", [0.0, -1e6, 1e4])
@@ -73,7 +77,9 @@ def test_the_running_maximum_may_come_anywhere_in_a_long_row(interpreted, order,
     }[order]
     logits = np.stack([row, row, row]).astype(np.float32) + np.float32(offset)
     labels, w = np.array([0, 19999, 9999], np.int32), np.ones(20000)
-    loss, total, shift = triton.forward(jnp.asarray(logits), jnp.asarray(labels), jnp.ones((1, 20000)), None, 0.0, 0.0)
+    loss, total, shift = triton.forward(
+        jnp.asarray(logits), jnp.asarray(labels), None, jnp.ones((1, 20000)), None, None
+    )
     expected, lse, _, _ = by_formula(logits, labels, w, 0, np.ones(3))
     assert tree_allclose(loss, expected, rtol=3e-6, same_dtype=False)
     assert tree_allclose(jnp.log(total) + shift, lse, rtol=3e-6, same_dtype=False)
@@ -81,7 +87,7 @@ def test_the_running_maximum_may_come_anywhere_in_a_long_row(interpreted, order,
 
 @pytest.mark.parametrize("filling", [np.nan, np.inf, -np.inf])
 def test_what_lies_under_the_mask_does_not_matter(interpreted, filling):
-    logits, labels, w, _ = inputs(8, 100, 1, "float32", False)
+    logits, labels, _, w = inputs(8, 100, 1, "float32", False)
     mask = jnp.arange(8) % 2 == 0
     spoilt = jnp.where(mask[:, None], logits, filling)
     labels = jnp.where(mask, labels, -7)
@@ -310,14 +316,19 @@ def test_a_gpu_before_ampere_gets_plain_jax(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shapes", [((64, 100), (64,), (200,)), ((64, 100), (63,), (100,)), ((64, 100), (64, 1), (100,))]
+    "shapes, sentence",
+    [
+        (((64, 100), (64,), (200,)), "class_weights must hold one weight for each of the 100 classes, got shape"),
+        (((64, 100), (63,), (100,)), "logits must have the batch shape of the labels plus one axis of classes, got"),
+        (((64, 100), (64, 1), (100,)), "logits must have the batch shape of the labels plus one axis of classes, got"),
+    ],
 )
 @pytest.mark.parametrize("implementation", [None, "xla", "pallas"])
-def test_shapes_that_do_not_fit_are_refused_without_jaxtyping_too(shapes, implementation):
+def test_shapes_that_do_not_fit_are_refused_without_jaxtyping_too(shapes, sentence, implementation):
     x, y, w = shapes
-    with pytest.raises(ValueError, match="need labels"):
+    with pytest.raises(ValueError, match=sentence):
         undecorated(weighted_xent)(jnp.ones(x), jnp.zeros(y, int), jnp.ones(w), implementation=implementation)
-    with pytest.raises(ValueError, match="need labels"):
+    with pytest.raises(ValueError, match="where must have the batch shape"):
         undecorated(weighted_xent)(
             jnp.ones((64, 100)),
             jnp.zeros(64, int),
@@ -341,8 +352,9 @@ def test_infinities_in_long_rows(interpreted):
     x[2, :5000] = -np.inf
     w = np.ones((1, 9000), np.float32)
     w[0, :4096] = 0.0
-    args = jnp.asarray(x), jnp.array([5000, 5000, 8999]), jnp.asarray(w), None
-    actual, expected = triton.forward(*args, 0.1, 0.0), plain.forward(*args[:2], args[2][0], None, 0.1, 0.0)
+    args, smoothing = (jnp.asarray(x), jnp.array([5000, 5000, 8999]), None), jnp.array([0.1])
+    actual = triton.forward(*args, jnp.asarray(w), smoothing, None)
+    expected = plain.forward(*args, jnp.asarray(w[0]), smoothing[0], None)
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
     logsumexps = (jnp.log(total) + shift for _, total, shift in (actual, expected))
     np.testing.assert_allclose(*logsumexps, rtol=1e-5)
