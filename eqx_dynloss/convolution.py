@@ -17,7 +17,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from eqx_dynloss_kernels.operands import accumulation_dtype, vary_alike
+from eqx_dynloss_kernels.operands import accumulation_dtype
+from eqx_dynloss_kernels.primitives import run, vary_alike
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -126,7 +127,7 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
     is in the output.
     """
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(primitive.bind))
+    primitive.def_impl(ft.partial(run, primitive))
 
     @primitive.def_abstract_eval
     def _(a, b):

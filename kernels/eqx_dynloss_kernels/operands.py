@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -141,10 +141,3 @@ def accumulation_dtype(dtype: Any) -> Any:
     """What numbers of a dtype are summed in: 16-bit ones in float32."""
     # Not promote_types: it refuses bfloat16 with float32 under strict dtype promotion.
     return jnp.float32 if dtype.itemsize < 4 else dtype
-
-
-def vary_alike(*operands: Array) -> list[Array]:
-    """Inside `shard_map`, marks all operands as varying over the mesh axes that any of them varies over."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(operands, missing, strict=True)]

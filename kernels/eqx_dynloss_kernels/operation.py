@@ -16,7 +16,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from . import label, launch, plain
-from .operands import broadcast_like, vary_alike
+from .operands import broadcast_like
+from .primitives import run, vary_alike
 
 Implementation = Literal["xla", "pallas"]
 
@@ -99,15 +100,7 @@ _value = Primitive("weighted_xent")
 _value.multiple_results = True
 
 
-@_value.def_impl
-def _call(*args, **params):
-    with jax.disable_jit(False):  # what is disabled would come back here
-        return _compiled(**params)(*args)
-
-
-@ft.cache
-def _compiled(**params):
-    return jax.jit(ft.partial(_value.bind, **params))
+_value.def_impl(ft.partial(run, _value))
 
 
 @_value.def_abstract_eval

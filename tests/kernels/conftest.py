@@ -2,7 +2,7 @@ import functools as ft
 
 import jax
 import pytest
-from eqx_dynloss_kernels import operation
+from eqx_dynloss_kernels import operation, primitives
 from jax.experimental import pallas as pl
 
 
@@ -19,6 +19,6 @@ def interpreted(monkeypatch):
     """Lets the Pallas kernel run on a CPU, step by step: right or wrong, and very slow. Keep to some 64 rows."""
     monkeypatch.setattr(pl, "pallas_call", ft.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(operation, "_refused", operation._fused)
-    operation._compiled.cache_clear()
+    primitives.compiled.cache_clear()
     yield
-    operation._compiled.cache_clear()
+    primitives.compiled.cache_clear()
