@@ -10,7 +10,7 @@ The functions return one loss per example and leave the mean to the caller, beca
 With balanced classes, full batches and weights that sum to the number of classes they are the same number.
 """
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ from eqx_dynloss_kernels.api import Implementation
 from eqx_dynloss_kernels.plain import prepared
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer, PyTree, Real
+from jaxtyping import Array, Bool, Float, Integer, PyTree, Real, Shaped
 
 from .schedule import AbstractSchedule, Step
 
@@ -29,9 +29,9 @@ from .schedule import AbstractSchedule, Step
 def softmax_cross_entropy(
     logits: Real[ArrayLike, "*logits"] | list,
     labels: Integer[ArrayLike, "*batch"] | list,
-    class_weights: Real[ArrayLike, " classes"] | list | tuple | None = None,
+    class_weights: Real[ArrayLike, " classes"] | list | tuple | int | None = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: SupportsIndex | tuple[SupportsIndex, ...] = -1,
     where: Bool[ArrayLike, "..."] | list | None = None,
     label_smoothing: Real[ArrayLike, ""] = 0.0,
     z_loss: Real[ArrayLike, ""] = 0.0,
@@ -97,10 +97,10 @@ def softmax_cross_entropy(
 
 def softmax_cross_entropy_with_soft_labels(
     logits: Real[ArrayLike, "*logits"] | list,
-    labels: Real[ArrayLike, "*logits"] | list,
-    class_weights: Real[ArrayLike, " classes"] | list | tuple | None = None,
+    labels: Shaped[ArrayLike, "*logits"] | list,
+    class_weights: Real[ArrayLike, " classes"] | list | tuple | int | None = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: SupportsIndex | tuple[SupportsIndex, ...] = -1,
     where: Bool[ArrayLike, "..."] | list | None = None,
     label_smoothing: Real[ArrayLike, ""] = 0.0,
     z_loss: Real[ArrayLike, ""] = 0.0,

@@ -2,7 +2,6 @@ import functools as ft
 import inspect
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from eqx_dynloss.loss import (
     softmax_cross_entropy_with_soft_labels,
     squared_error,
 )
-from eqx_dynloss.schedule import OscillatingWeights, StaticWeights, UntilStep
+from eqx_dynloss.schedule import StaticWeights
 
 from .helpers import DERIVATIVES, tree_allclose, undecorated
 
@@ -425,106 +424,3 @@ def test_soft_labels_of_another_shape_are_refused_without_type_checks(shape):
 def test_wrong_shapes_are_refused_in_this_package():
     with pytest.raises(Exception, match="(?s)Type-check error.*class_weights"):
         softmax_cross_entropy(jnp.zeros((4, 3)), jnp.zeros(4, int), jnp.ones(2))
-
-
-SCHEDULE = OscillatingWeights(3, 70.0, 10, stop=100)
-
-
-@pytest.mark.parametrize("step", [0, 3, 5, 14, 27, 100])
-def test_dynamical_loss_is_the_mean_of_weighted_cross_entropies(step, x64):
-    x, y, _, _ = problem((30,), 3)
-    schedule = OscillatingWeights(3, 70.0, 10, stop=100)
-    t, active = step % 10, step // 10 % 3
-    raw = np.ones(3)
-    raw[active] = 1 + 69 * (2 * t / 10 if t < 5 else 2 - 2 * t / 10)
-    gamma = np.ones(3) if step >= 100 else 3 * raw / raw.sum()
-    expected = np.mean(gamma[y] * np.asarray(optax.softmax_cross_entropy_with_integer_labels(x, y)))
-    loss = DynamicalLoss(schedule)
-    for value in (
-        loss(x, y, step),
-        eqx.filter_jit(loss)(x, y, jnp.asarray(step)),
-        loss(x, y, jnp.asarray(step, "uint8")),
-    ):
-        assert tree_allclose(value, expected, same_dtype=False)
-
-
-def test_amplitude_one_is_plain_cross_entropy():
-    x, y, _, _ = problem((30,), 3)
-    plain = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, y))
-    for step in (0, 3, 5, 10**6):
-        assert tree_allclose(DynamicalLoss(OscillatingWeights(3, 1.0, 10))(x, y, step), plain, rtol=1e-6, atol=0)
-
-
-def test_gradient_of_the_dynamical_loss_in_its_schedule(x64):
-    x, y, _, _ = problem((30,), 3)
-    loss = DynamicalLoss(UntilStep(OscillatingWeights(3, 70.0, 10.0), 100.0))
-    f = jax.jit(lambda loss: loss(x, y, 13))
-    gradient, h = jax.grad(f)(loss), 1e-5
-    for name in ("amplitude", "period", "phase"):
-        where = lambda l, name=name: getattr(l.schedule.schedule, name)
-        up, down = (f(eqx.tree_at(where, loss, where(loss) + d)) for d in (h, -h))
-        np.testing.assert_allclose(where(gradient), (up - down) / (2 * h), rtol=1e-5)
-    by_amplitude = lambda a: f(eqx.tree_at(lambda l: l.schedule.schedule.amplitude, loss, a))
-    hessian = jax.jit(jax.hessian(by_amplitude))(jnp.array(70.0))
-    assert np.isfinite(hessian) and hessian != 0
-
-
-def test_a_batch_of_dynamical_losses():
-    x, y, _, _ = problem((30,), 3)
-    amplitudes, periods = jnp.array([1.0, 2.0, 70.0]), jnp.array([10.0, 7.0, 5.0])
-    losses = DynamicalLoss(OscillatingWeights(3, amplitudes, periods, stop=jnp.full(3, 50), phase=jnp.zeros(3)))
-    values = jax.jit(jax.vmap(lambda loss, x, step: jax.value_and_grad(loss)(x, y, step), (0, None, None)))(
-        losses, x, 13
-    )
-    for i in range(3):
-        alone = DynamicalLoss(OscillatingWeights(3, amplitudes[i], periods[i], stop=50))
-        assert tree_allclose(
-            jax.tree.leaves(jax.tree.map(lambda a, i=i: a[i], values)),
-            jax.tree.leaves(jax.value_and_grad(alone)(x, y, 13)),
-        )
-
-
-def test_dynamical_loss_inside_a_scan():
-    x, y, _, _ = problem((30,), 3)
-    loss = DynamicalLoss(SCHEDULE)
-
-    def body(x, step):
-        value, gradient = jax.value_and_grad(loss.__call__)(x, y, step)
-        return x - gradient, value
-
-    _, values = jax.jit(lambda x: jax.lax.scan(body, x, jnp.arange(20)))(x)
-    for step in range(20):
-        value, gradient = jax.value_and_grad(loss.__call__)(x, y, step)
-        assert tree_allclose(values[step], value)
-        x = x - gradient
-
-
-def test_other_base_losses():
-    x, y, soft, _ = problem((30,), 3)
-    smoothed = ft.partial(softmax_cross_entropy, label_smoothing=0.1)
-    value = DynamicalLoss(SCHEDULE, smoothed)(x, y, 5)
-    assert tree_allclose(value, jnp.mean(softmax_cross_entropy(x, y, SCHEDULE(5), label_smoothing=0.1)))
-    value = DynamicalLoss(SCHEDULE, softmax_cross_entropy_with_soft_labels)(x, soft, 5)
-    assert tree_allclose(value, jnp.mean(softmax_cross_entropy_with_soft_labels(x, soft, SCHEDULE(5))))
-
-
-def test_dynamical_squared_errors_are_compiled_once():
-    x, y, _, _ = problem((30,), 3)
-    traces = []
-
-    @eqx.filter_jit
-    def run(loss, step):
-        traces.append(loss.base)
-        return loss(x, y, step)
-
-    bases = {"sample": squared_error, "unit": ft.partial(squared_error, weighting="unit")}
-    for weighting, base in bases.items():
-        for step in (3, 5, 14):
-            value = run(DynamicalLoss(SCHEDULE, base), jnp.asarray(step))
-            expected, _, _ = squared_by_hand(x, y, SCHEDULE(step), weighting)
-            assert tree_allclose(value, expected.mean(), same_dtype=False)
-    assert traces == list(bases.values())
-
-
-def test_leaves_of_a_dynamical_loss_are_those_of_its_schedule():
-    assert tree_allclose(jax.tree.leaves(DynamicalLoss(SCHEDULE)), jax.tree.leaves(SCHEDULE))

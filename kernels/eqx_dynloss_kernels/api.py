@@ -14,7 +14,7 @@ from .operation import Operands, forward
 def weighted_xent(
     logits: Real[ArrayLike, "*batch classes"] | list,
     labels: Integer[ArrayLike, "*batch"] | list,
-    class_weights: Real[ArrayLike, " classes"] | list | None = None,
+    class_weights: Real[ArrayLike, " classes"] | list | tuple | None = None,
     *,
     where: Bool[ArrayLike, "..."] | list | None = None,
     label_smoothing: Real[ArrayLike, ""] = 0.0,

@@ -92,7 +92,7 @@ def option(value: Any, name: str, dtype: Any, highest: float = math.inf) -> Arra
     return jnp.asarray(value, dtype) if float(value) else None
 
 
-def classes_last(axis: int | tuple[int, ...], logits: Any, *others: Any) -> list[Any]:
+def classes_last(axis: Any, logits: Any, *others: Any) -> list[Any]:
     """Logits, and what has as many axes as they have, with the classes along the last axis, as a flat index."""
     if axis == -1:
         return [logits, *others]
