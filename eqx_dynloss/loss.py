@@ -122,18 +122,17 @@ def softmax_cross_entropy_with_soft_labels(
     dtype = operands.accumulation_dtype(x.dtype)
     smoothing = operands.option(label_smoothing, "label_smoothing", dtype, 1.0)
     z = operands.option(z_loss, "z_loss", dtype)
-    x, q, num_classes = x.astype(dtype), q.astype(dtype), x.shape[-1]
+    x, q, even = x.astype(dtype), q.astype(dtype), 1 / x.shape[-1]
     counts = mask
     if mask is not None and mask.ndim == x.ndim:
-        num_classes = jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1).astype(dtype)
+        even = mask.astype(dtype) / jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1).astype(dtype)
         counts = jnp.any(mask, -1)
-        x = jnp.where(mask, x, -jnp.inf)
+        x, q = jnp.where(mask, x, -jnp.inf), jnp.where(mask, q, 0.0)
     if counts is not None:
-        x = jnp.where(counts[..., None], x, 0.0)
+        x, q = (jnp.where(counts[..., None], a, 0.0) for a in (x, q))
     if smoothing is not None:
-        q = (1 - smoothing) * q + smoothing / num_classes
-    if mask is not None:
-        q = jnp.where(mask if mask.ndim == x.ndim else mask[..., None], q, 0.0)
+        smoothing = operands.or_nan(smoothing, 1.0)
+        q = (1 - smoothing) * q + smoothing * even
     weighted = operands.broadcast_like(w.astype(dtype), q) * q
     top = lax.stop_gradient(jnp.max(x, -1, initial=-jnp.inf))
     shift = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -142,7 +141,7 @@ def softmax_cross_entropy_with_soft_labels(
     finite = jnp.where((weighted == 0) & jnp.isneginf(x), 0.0, shifted)
     loss = jnp.sum(weighted, -1) * log_total - jnp.sum(weighted * finite, -1)
     if z is not None:
-        loss += z * (log_total + shift) ** 2
+        loss += operands.or_nan(z) * (log_total + shift) ** 2
     return loss if counts is None else jnp.where(counts, loss, 0.0)
 
 
@@ -209,7 +208,7 @@ def squared_error(
     return loss if mask is None else jnp.where(mask, loss, 0.0)
 
 
-def _weights_or_axis(class_weights, axis, num_axes):
+def _weights_or_axis(class_weights, axis, num_axes) -> tuple[Any, Any]:
     """Class weights, and the axis of the classes, which optax has in their place: an integer, which class weights never
     are; or as many integers as there are axes of classes, where these are several."""
     is_several = isinstance(class_weights, tuple) and len(class_weights) == num_axes > 1
@@ -266,12 +265,12 @@ class DynamicalLoss(eqx.Module):
         - `options`: keyword arguments of `base`, such as `label_smoothing`: values, or callables of the step that give
             them, such as optax's schedules and Equinox modules.
         """
-        arrays = {k: jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v for k, v in options.items()}
-        dynamic = {k for k, v in arrays.items() if any(map(eqx.is_array, jax.tree.leaves(v)))}
+        options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+        dynamic = {k for k, v in options.items() if any(map(eqx.is_array, jax.tree.leaves(v)))}
         self.schedule = schedule
         self.base = base
-        self.options = {k: v for k, v in arrays.items() if k in dynamic}
-        self.static_options = tuple((k, v) for k, v in arrays.items() if k not in dynamic)
+        self.options = {k: v for k, v in options.items() if k in dynamic}
+        self.static_options = tuple((k, v) for k, v in options.items() if k not in dynamic)
 
     def __call__(self, outputs: PyTree[Array], labels: Array, step: Step) -> Float[Array, ""]:
         """**Arguments:**

@@ -71,10 +71,11 @@ def _of_some_classes(x, labels, mask, w, smoothing, z):
     loss, total, shift = forward("xla", Operands(x, labels, counts, w, None, None))
     log_total = jnp.log(total)
     if smoothing is not None:
+        smoothing = operands.or_nan(smoothing, 1.0)
         share = smoothing / jnp.maximum(jnp.sum(mask, -1, keepdims=True), 1).astype(loss.dtype)
         spread = jnp.where(mask, share * operands.broadcast_like(w.astype(loss.dtype), x), 0)
         loss = (1 - smoothing) * loss + plain.spread_out(spread, log_total, x.astype(loss.dtype) - shift[..., None])
     lse = log_total + shift
     if z is not None:
-        loss += z * lse**2
+        loss += operands.or_nan(z) * lse**2
     return jnp.where(counts, loss, 0), lse

@@ -40,9 +40,9 @@ def weight(w, labels):
 
 def entry(x, labels):
     """The entry of each row that its label names; of a label out of range, any entry, or 0."""
-    return (
-        _compared(x, labels) if is_explicit(x) else jnp.take_along_axis(x, labels[..., None], -1, mode="clip")[..., 0]
-    )
+    if is_explicit(x):
+        return _compared(x, labels)
+    return jnp.take_along_axis(x, labels[..., None], -1, mode="clip")[..., 0]
 
 
 def entry_of_tangent(x, labels, *, widened: bool):

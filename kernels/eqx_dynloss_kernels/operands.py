@@ -29,7 +29,7 @@ def class_indices(labels: Any, outputs: Array, name: str = "logits") -> Array:
     if labels.shape == outputs.shape:
         raise ValueError(
             f"labels must be class indices, one for each example, got the shape of the {name}, {labels.shape}: "
-            "distributions and one-hot labels are for softmax_cross_entropy_with_soft_labels."
+            "use jnp.argmax(labels, -1), or softmax_cross_entropy_with_soft_labels, which takes distributions."
         )
     if labels.shape != outputs.shape[:-1]:
         raise ValueError(
@@ -80,16 +80,20 @@ def mask(where: Any, outputs: Array, *, of_classes: bool = True) -> Array | None
 
 
 def option(value: Any, name: str, dtype: Any, highest: float = math.inf) -> Array | None:
-    """A number from 0 to `highest`; None if it is known to be 0, and NaN if it is traced and out of range."""
+    """A number from 0 to `highest`, or traced, which `or_nan` is for; None if it is known to be 0."""
     if np.shape(value):
         raise ValueError(f"{name} must be a single number, got shape {np.shape(value)}: use jax.vmap for several.")
     if isinstance(value, Tracer):
-        value = value.astype(dtype)
-        return jnp.where((value >= 0) & (value <= highest), value, jnp.nan)
+        return value.astype(dtype)
     if not 0 <= float(value) <= highest:
         words = "must not be negative" if highest == math.inf else f"must be between 0 and {highest:g}"
         raise ValueError(f"{name} {words}, got {value}.")
     return jnp.asarray(value, dtype) if float(value) else None
+
+
+def or_nan(value: Array, highest: float = math.inf) -> Array:
+    """NaN for what is not from 0 to `highest`."""
+    return jnp.where((value >= 0) & (value <= highest), value, jnp.nan)
 
 
 def classes_last(axis: Any, logits: Any, *others: Any) -> list[Any]:

@@ -191,7 +191,7 @@ def _fused(operands: Operands):
 
     num_classes = operands.logits.shape[-1]
     rows = [(-1, num_classes), (-1,), (-1,), (-1, num_classes), (-1,), (-1,)]
-    flat = [None if x is None else x.reshape(shape) for x, shape in zip(operands, rows, strict=True)]
+    flat: Any = [None if x is None else x.reshape(shape) for x, shape in zip(operands, rows, strict=True)]
     return [x.reshape(operands.labels.shape) for x in triton.forward(*flat)]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from . import label
-from .operands import accumulation_dtype, broadcast_like
+from .operands import accumulation_dtype, broadcast_like, or_nan
 
 
 def forward(
@@ -32,12 +32,12 @@ def forward(
     shift = jnp.where(jnp.isfinite(top), top, 0)
     total = jnp.sum(jnp.exp(x - shift[..., None]), -1)
     log_total = jnp.log(total)
-    at_label, spread = targets(w, labels, label_smoothing)
+    at_label, spread = targets(w, labels, None if label_smoothing is None else or_nan(label_smoothing, 1.0))
     loss = at_label * silenced(nll(logits, labels, log_total, shift), at_label)
     if spread is not None:
         loss += spread_out(spread, log_total, x - shift[..., None])
     if z_loss is not None:
-        loss += z_loss * (log_total + shift) ** 2
+        loss += or_nan(z_loss) * (log_total + shift) ** 2
     loss = jnp.where(label.in_range(labels, x), loss, jnp.nan)
     if where is None:
         return loss, total, shift

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from .launch import launch
+from .operands import or_nan
 
 
 def forward(
@@ -74,10 +75,12 @@ def _kernel(*refs, names, shape, block, rows_per_group):
         each = rows_per_group[name]
         return rows // each if each < num_rows else jnp.zeros_like(rows)
 
-    def option(name):
-        return plgpu.load(inputs[name].at[group(name)], mask=exists, other=0) if name in inputs else None
+    def option(name, **limit):
+        return (
+            or_nan(plgpu.load(inputs[name].at[group(name)], mask=exists, other=0), **limit) if name in inputs else None
+        )
 
-    first_weight, smoothing, z = group("weights") * num_classes, option("smoothing"), option("z")
+    first_weight, smoothing, z = group("weights") * num_classes, option("smoothing", highest=1.0), option("z")
 
     label = plgpu.load(inputs["labels"].at[:], mask=exists, other=0)
     label = label if label.dtype.itemsize == 8 else label.astype(jnp.int32)

@@ -71,17 +71,25 @@ def test_value_and_gradient_compile_without_spills_or_large_temporaries(num_clas
         assert per_logit == pytest.approx(12 if dtype == "float32" else 6, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    "options", [{"label_smoothing": 0.1}, {"z_loss": 0.1}, {"label_smoothing": 0.1, "z_loss": 0.1}]
-)
+@pytest.mark.parametrize("options", [["label_smoothing"], ["z_loss"], ["label_smoothing", "z_loss"]], ids=" ".join)
 @pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 @pytest.mark.parametrize("num_classes", [10, 1001, 8192, 50257])
 def test_every_option_compiles_into_the_same_one_kernel(num_classes, dtype, options):
     args = *problem((512,), num_classes, dtype), jax.ShapeDtypeStruct((512,), jnp.bool_)
-    masked = lambda x, y, w, mask: loss(x, y, w, where=mask, **options)
+    masked = lambda x, y, w, mask: loss(x, y, w, where=mask, **dict.fromkeys(options, 0.1))
     compiled = compile_for("h100", masked, *args, options=NO_SPILLS)
     assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
     compile_for("h100", value_and_grad(masked), *args, options=NO_SPILLS)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1001, 50257])
+def test_options_of_every_member_are_operands_of_the_one_kernel(num_classes):
+    each = jax.ShapeDtypeStruct((8,), jnp.float32)
+    args = *problem((8, 64), num_classes, "float32", 8), each, each
+    members = jax.vmap(lambda x, y, w, smoothing, z: loss(x, y, w, label_smoothing=smoothing, z_loss=z))
+    compiled = compile_for("h100", members, *args, options=NO_SPILLS)
+    assert [kernel.kind for kernel in hlo.kernels(compiled)] == ["pallas"]
+    compile_for("h100", jax.grad(lambda *args: members(*args).sum(), (0, 2, 3, 4)), *args, options=NO_SPILLS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """The Pallas kernel against plain JAX, interpreted on a CPU; and what is asked of a GPU's compiler."""
 
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,7 +37,7 @@ def check_against_plain(args, options):
     logits, labels, mask, weights = args
     actual = triton.forward(*args, *(x if x is None else x.reshape(-1) for x in options))
     groups = len(weights)
-    split = lambda x: None if x is None else x.reshape(groups, -1, *x.shape[1:])
+    split: Any = lambda x: None if x is None else x.reshape(groups, -1, *x.shape[1:])
     by_group = [0 if x is not None and x.ndim else None for x in options]
     run = jax.vmap(plain.forward, (0, 0, None if mask is None else 0, 0, *by_group))
     expected = run(split(logits), split(labels), split(mask), weights, *options)
