@@ -240,7 +240,7 @@ class DynamicalLoss(eqx.Module):
     >>> smoothing = optax.linear_schedule(0.2, 0.0, 1000)
     >>> loss = DynamicalLoss(OscillatingWeights(2, 70.0, 500), label_smoothing=smoothing, z_loss=1e-4)
     >>> loss(jnp.array([[0.0, 1.0]]), jnp.array([1]), step=250)
-    Array(0.0224559, dtype=float32)
+    Array(0.20254968, dtype=float32)
 
     ```
 

@@ -2,6 +2,7 @@ import doctest
 import functools as ft
 import importlib
 import pkgutil
+import warnings
 from fractions import Fraction
 
 import equinox as eqx
@@ -189,6 +190,136 @@ def test_ten_million_steps_are_exact_in_float32(step, period, inclusive):
     schedule = OscillatingWeights(3, 70.0, period, inclusive_period=inclusive)
     steps = range(step - 50, step + 1)
     assert close(over(schedule, steps), formula(3, 70.0, period, steps, turn=period + inclusive), atol=2e-5)
+
+
+WAVES = {"triangle": triangle, "cosine": cosine, "square": square}
+# C, A, T, phase. Numbers that float32 rounds are taken as rounded, here and by the schedule.
+HYPERPARAMETERS = [
+    (10, 70.0, 7.0, 0.1),
+    (3, 70.0, 5000.0, 0.0),
+    (3, 1.5, 164.0, -7.75),
+    (2, 1000.3, 12.3, 0.0),
+    (100, 70.0, 0.1, 1000.3),
+    (10, 5.0, 1.1358617, 1.71945),
+    (7, 70.0, 5000.5, -0.3),
+    (5000, 3.0, 3.0, 0.6),
+]
+
+
+def exactly(num_classes, amplitude, period, phase, inclusive, wave, steps):
+    """In rational numbers: the classes, the positions in the period, and the weights in float64."""
+    amplitude, period, phase = (Fraction(float(np.float32(value))) for value in (amplitude, period, phase))
+    length = period + 1 if inclusive else period
+    turns, positions, weights = [], [], np.ones((len(steps), num_classes))
+    for row, step in zip(weights, steps, strict=True):
+        turn, within = divmod(int(step) + phase * length, length)
+        position = min(within / period, Fraction(1))
+        shape = {
+            "triangle": 1 - abs(2 * position - 1),
+            "cosine": (1 - np.cos(2 * np.pi * float(position))) / 2,
+            "square": Fraction(1, 4) <= position < Fraction(3, 4),
+        }[wave]
+        turns.append(turn)
+        positions.append(position)
+        row[turn % num_classes] = 1 + (float(amplitude) - 1) * float(shape)
+    return turns, positions, num_classes * weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("wave", WAVES)
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("num_classes, amplitude, period, phase", HYPERPARAMETERS)
+def test_every_step_up_to_two_to_the_24_is_as_good_as_the_first(num_classes, amplitude, period, phase, inclusive, wave):
+    steps = np.concatenate([np.arange(30), 10**6 + np.arange(30), 2**24 - np.arange(30)])
+    steps = np.unique(np.concatenate([steps, np.random.RandomState(0).randint(2**24, size=60)]))
+    schedule = OscillatingWeights(
+        num_classes, amplitude, period, phase=phase, waveform=WAVES[wave], inclusive_period=inclusive
+    )
+    turns, positions, expected = exactly(num_classes, amplitude, period, phase, inclusive, wave, steps)
+    turn = (float(np.float32(period)) + inclusive) / float(np.float32(period))
+    off = 2.0**-22 * turn  # of the position, as the docstring says
+    ends = [min(float(p), turn - float(p)) <= off for p in positions]  # where the neighbour has the turn, with weight 1
+    active = jax.vmap(lambda step: schedule._turn(step.astype(float))[0])(jnp.asarray(steps))
+    assert all(ends | (np.asarray(active) == np.array([int(turn % num_classes) for turn in turns])))
+    jumps = [min(abs(p - Fraction(1, 4)), abs(p - Fraction(3, 4))) <= off for p in positions]
+    kept = ~np.array(jumps) if wave == "square" else np.ones(len(steps), bool)
+    error = np.abs(np.asarray(over(schedule, steps.tolist())) - expected).max(1)[kept]
+    assert error.max() <= 2 * (amplitude - 1) * off + 2.0**-22 * num_classes
+
+
+def test_the_peak_of_a_late_period():
+    schedule = OscillatingWeights(10, 70.0, 7, phase=0.1)
+    _, _, expected = exactly(10, 70.0, 7, 0.1, False, "triangle", np.arange(10**6, 10**6 + 7))
+    weights = np.asarray(over(schedule, range(10**6, 10**6 + 7)))
+    assert weights.max() == pytest.approx(expected.max(), rel=1e-6)
+    np.testing.assert_allclose(weights, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_a_square_jumps_at_exact_quarters(inclusive):
+    for period in (164.0, 4.0, 5000.0, 0.5, 13.0):
+        schedule = OscillatingWeights(3, 5.0, period, waveform=square, inclusive_period=inclusive)
+        steps = np.arange(0, 3000) if period > 1 else np.arange(0, 20, 0.125)
+        length = Fraction(period) + inclusive
+        positions = [Fraction(float(step)) % length / Fraction(period) for step in steps]
+        high = [Fraction(1, 4) <= position < Fraction(3, 4) for position in positions]
+        assert np.array_equal(np.asarray(over(schedule, steps)).max(1) > 1, high)
+
+
+@pytest.mark.parametrize("wave", WAVES)
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("num_classes, amplitude, period, phase", [(3, 5.0, 164.0, 0.0), *HYPERPARAMETERS[:7]])
+def test_values_do_not_depend_on_how_a_schedule_reaches_the_program(
+    num_classes, amplitude, period, phase, inclusive, wave
+):
+    schedule = OscillatingWeights(
+        num_classes, amplitude, period, phase=phase, stop=9e6, waveform=WAVES[wave], inclusive_period=inclusive
+    )
+    steps = jnp.concatenate([jnp.arange(70), 10**6 + jnp.arange(50), jnp.array([2**24 - 1, 41, 123])])
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), schedule)
+    constant = eqx.filter_jit(lambda step: schedule(step))
+    argument = jax.jit(lambda schedule, step: schedule(step))
+    ways = {
+        "a constant": [constant(step) for step in steps],
+        "a constant, and so are the steps": jax.jit(lambda: jax.vmap(schedule)(steps))(),
+        "an argument": [argument(schedule, step) for step in steps],
+        "mapped over": jax.jit(lambda batch: jax.vmap(lambda s: jax.vmap(s)(steps))(batch))(batch)[1],
+        "mapped steps": jax.jit(jax.vmap(schedule))(steps),
+        "a scan": jax.jit(lambda s: jax.lax.scan(lambda _, step: (None, s(step)), None, steps)[1])(schedule),
+        "a scan over a constant": jax.lax.scan(lambda _, step: (None, schedule(step)), None, steps)[1],
+        "without jit": jnp.stack([schedule(step) for step in steps[::10]]),
+    }
+    expected = np.asarray(ways["an argument"])
+    for way, weights in ways.items():
+        same = expected[::10] if way == "without jit" else expected
+        # A cosine is another function in a vector of numbers; and what is known as a whole is computed when compiling.
+        tolerance = 3e-6 if wave == "cosine" else 3e-7 if way.startswith("a constant, and") else 0.0
+        np.testing.assert_allclose(np.asarray(weights), same, rtol=tolerance, atol=0, err_msg=way)
+    with jax.disable_jit():
+        np.testing.assert_allclose(schedule(steps[41]), expected[41], rtol=3e-6 if wave == "cosine" else 0)
+
+
+@pytest.mark.parametrize("make", [lambda w: StaticWeights(w), lambda w: UntilStep(StaticWeights(w), 50)])
+def test_static_weights_do_not_depend_on_it_either(make):
+    w = jnp.asarray(np.random.RandomState(0).uniform(0.1, 5, 100), float)
+    schedule, step = make(w), jnp.array(3)
+    expected = np.asarray(jax.jit(lambda schedule, step: schedule(step))(schedule, step))
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), schedule)
+    for weights in (
+        schedule(step),
+        jax.jit(schedule.__call__)(step),
+        jax.jit(lambda: schedule(3))(),
+        jax.jit(jax.vmap(lambda s: s(step)))(batch)[1],
+    ):
+        np.testing.assert_allclose(np.asarray(weights), expected, rtol=2e-7, atol=0)  # the order of a sum
+
+
+@pytest.mark.parametrize("number", [int, float, np.int64, np.int32, np.float64, np.uint8, np.asarray, jnp.asarray])
+def test_steps_and_hyperparameters_may_be_numbers_of_any_kind(number):
+    with warnings.catch_warnings(action="error"):
+        schedule = OscillatingWeights(3, number(70), number(16), stop=number(100), phase=number(1))
+        assert tree_allclose(schedule(number(8)), OscillatingWeights(3, 70.0, 16.0, stop=100.0, phase=1.0)(8))
+        assert tree_allclose(UntilStep(schedule, number(9))(number(9)), jnp.ones(3))
+        assert tree_allclose(StaticWeights(np.array([number(1), number(2)]))(number(0)), jnp.array([2 / 3, 4 / 3]))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "float32", "float16", "bfloat16"])
