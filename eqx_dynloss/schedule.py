@@ -215,7 +215,7 @@ def _divided(value: Float[Array, ""], divisor: Float[Array, ""]) -> Float[Array,
 
 
 def _rounded(value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A product or a sum as it is. It keeps compilers from merging it with a sum that follows, and rounding but once."""
+    """A product or a sum as it is, which compilers would else merge with a sum that follows, and round only once."""
     return jnp.maximum(value, jnp.finfo(value.dtype).min)
 
 
