@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Key, PyTree
 
 from . import train
@@ -34,7 +35,7 @@ def init(
     make_model: Callable[[Key[Array, ""]], PyTree],
     optimiser: optax.GradientTransformation,
     keys: Key[Array, " members"],
-    hyperparams: Mapping[str, Array] | None = None,
+    hyperparams: Mapping[str, ArrayLike] | None = None,
     *,
     devices: Sequence[Any] | None = None,
 ) -> TrainState:
@@ -239,7 +240,7 @@ def _init(make_model, optimiser, keys, values):
 @eqx.filter_jit
 def _observe(states, losses, data, function, block_size, mesh):
     def on_device(states, losses, data):
-        member = lambda state, loss: train._nan_where(state.diverged, function(state, loss, data))
+        member = lambda state, loss: train.observation(state, loss, data, function)
         return _map_members(member, block_size)(states, losses)
 
     return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P()))(states, losses, data)

@@ -68,7 +68,7 @@ def hessian(
     **Arguments:**
 
     - `objective`: a function of the model, for example the loss on all data at the schedule's present step; or, with
-        `batches`, of the model and a batch.
+        `batches`, of the model and a batch. Of a model with dropout, take `eqx.nn.inference_mode(model)`.
     - `batches`: a PyTree of arrays with a leading axis of batches of equal size. The Hessian is that of the mean over
         the batches, and only one batch is in memory at a time.
 

@@ -1,5 +1,6 @@
 """Training one network under a dynamical loss: a state, a step, a chunk of steps, an evaluation. All pure functions."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from eqx_dynloss_kernels.operands import accumulation_dtype
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PyTree, Shaped
 
 from .loss import BaseLoss, DynamicalLoss, softmax_cross_entropy
@@ -21,8 +24,8 @@ class Dataset(eqx.Module):
     Images may stay uint8, a quarter of their size in float32: a minibatch is transformed when it is drawn.
     """
 
-    inputs: Shaped[Array, "examples ..."]
-    labels: Integer[Array, " examples"]
+    inputs: Shaped[Array, "examples ..."] = eqx.field(converter=jnp.asarray)
+    labels: Integer[Array, " examples"] = eqx.field(converter=jnp.asarray)
     transform: Callable[[Array], Array] = eqx.nn.Identity()
 
     def __check_init__(self):
@@ -54,19 +57,26 @@ def init(
     make_model: Callable[[Key[Array, ""]], PyTree],
     optimiser: optax.GradientTransformation,
     key: Key[Array, ""],
-    hyperparams: Mapping[str, Array] | None = None,
+    hyperparams: Mapping[str, ArrayLike] | None = None,
 ) -> TrainState:
     """The state before the first update.
 
     **Arguments:**
 
-    - `make_model`: a function of a key that gives an Equinox model of one example.
-    - `optimiser`: any optax optimiser that needs no more than gradients, parameters and the value of the loss.
+    - `make_model`: a function of a key that gives an Equinox model of one example. One that takes a `key`, such as a
+        model with dropout, is trained with a key of its own for every example and update.
+    - `optimiser`: any optax optimiser, also one that searches along a line, as `optax.lbfgs` does.
     - `key`: decides both the initial parameters and the order of the examples.
     - `hyperparams`: values for hyperparameters of an optimiser made with `optax.inject_hyperparams`, by name.
     """
     model_key, order_key = jr.split(key)
     model = make_model(model_key)
+    has_state = lambda leaf: isinstance(leaf, eqx.nn.State | eqx.nn.StateIndex)
+    if any(map(has_state, jax.tree.leaves(model, is_leaf=has_state))):
+        raise ValueError(
+            "the model has layers with a state, such as BatchNorm, which is not kept here: use layers without one, "
+            "such as eqx.nn.GroupNorm or eqx.nn.LayerNorm."
+        )
     opt_state: Any = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     if hyperparams:
         injected = getattr(opt_state, "hyperparams", {})
@@ -96,8 +106,8 @@ def train_step(
     state: TrainState,
     loss: DynamicalLoss,
     optimiser: optax.GradientTransformation,
-    inputs: Shaped[Array, "batch ..."],
-    labels: Integer[Array, " batch"],
+    inputs: Shaped[ArrayLike, "batch ..."],
+    labels: Integer[ArrayLike, " batch"],
     *,
     microbatch_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -115,18 +125,22 @@ def train_step(
     **Returns:** the new state, and the loss and accuracy on this batch before the update (NaN once diverged).
     """
 
-    def objective(model, inputs, labels):
-        outputs = jax.vmap(model)(inputs)
+    def objective(model, inputs, labels, keys=None):
+        with_key = lambda x, key: model(x, key=key)
+        outputs = jax.vmap(model)(inputs) if keys is None else jax.vmap(with_key)(inputs, keys)
         return loss(outputs, labels, state.step), _accuracy(outputs, labels)
 
+    batch = jnp.asarray(inputs), jnp.asarray(labels)
+    if _key_parameter(state.model):
+        batch += (example_keys(state.key, state.step, len(batch[0])),)
     value_and_grad = eqx.filter_value_and_grad(objective, has_aux=True)
-    if microbatch_size is None:
-        (value, accuracy), grads = value_and_grad(state.model, inputs, labels)
-    else:
-        (value, accuracy), grads = _mean_over_microbatches(value_and_grad, microbatch_size)(state.model, inputs, labels)
-    parameters = eqx.filter(state.model, eqx.is_inexact_array)
+    if microbatch_size is not None:
+        value_and_grad = _mean_over_microbatches(value_and_grad, microbatch_size)
+    (value, accuracy), grads = value_and_grad(state.model, *batch)
+    parameters, static = eqx.partition(state.model, eqx.is_inexact_array)
     update = optax.with_extra_args_support(optimiser).update
-    updates, opt_state = update(grads, state.opt_state, parameters, value=value)
+    value_fn = lambda parameters: objective(eqx.combine(parameters, static), *batch)[0]
+    updates, opt_state = update(grads, state.opt_state, parameters, value=value, grad=grads, value_fn=value_fn)
     model = eqx.apply_updates(state.model, updates)
 
     # The norm is infinite before the gradients are: their squares would silently overflow in an optimiser's moments.
@@ -191,7 +205,7 @@ def train_chunk(
 
     def observe_then_train(arrays, order):
         state = eqx.combine(arrays, static)
-        observed = _nan_where(state.diverged, observe(state, loss, data))
+        observed = observation(state, loss, data, observe)
         arrays, metrics = lax.scan(body, arrays, order, length=observe_every)
         return arrays, (metrics, observed)
 
@@ -219,8 +233,25 @@ def minibatches(
     )
 
 
+def example_keys(key: Key[Array, ""], step: Int[Array, ""], batch_size: int) -> Key[Array, " {batch_size}"]:
+    """The keys of the examples of a batch, for models that take one; no other than those of another step."""
+    return jr.split(jr.fold_in(jr.fold_in(key, 2**32 - 1), step), batch_size)  # the order of examples folds in epochs
+
+
+def observation(
+    state: TrainState,
+    loss: DynamicalLoss,
+    data: Dataset,
+    observe: Callable[[TrainState, DynamicalLoss, Dataset], PyTree],
+) -> PyTree:
+    """What a function of the state, the loss and the data gives; NaN for a state that has diverged."""
+    return _nan_where(state.diverged, observe(state, loss, data))
+
+
 def evaluate(model: PyTree, data: Dataset, *, batch_size: int = 256, base: BaseLoss = softmax_cross_entropy) -> Metrics:
     """The plain, unweighted loss and the accuracy on a whole data set: comparable between all schedules.
+
+    Dropout and the like are off (`eqx.nn.inference_mode`).
 
     **Arguments:**
 
@@ -228,7 +259,10 @@ def evaluate(model: PyTree, data: Dataset, *, batch_size: int = 256, base: BaseL
     - `batch_size`: examples that are in memory at once. Does not change the result beyond rounding.
     - `base`: the per-example loss whose mean is taken, with a weight of one for every class.
     """
-    outputs = lax.map(lambda x: model(data.transform(x)), data.inputs, batch_size=min(batch_size, len(data)))
+    model = eqx.nn.inference_mode(model)
+    key = _key_parameter(model)
+    no_key = {"key": None} if key and key.default is inspect.Parameter.empty else {}
+    outputs = lax.map(lambda x: model(data.transform(x), **no_key), data.inputs, batch_size=min(batch_size, len(data)))
     loss = jnp.mean(base(outputs, data.labels, jnp.ones(outputs.shape[-1])))
     return Metrics(loss, _accuracy(outputs, data.labels).astype(loss.dtype))
 
@@ -242,8 +276,7 @@ def _mean_over_microbatches(function, size):
             raise ValueError(f"microbatch_size must divide the batch of {len(batch[0])}, got {size}.")
         parts = tuple(a.reshape(num_parts, size, *a.shape[1:]) for a in batch)
         like = eqx.filter_eval_shape(function, model, *(a[0] for a in parts))
-        wide = lambda dtype: jnp.float32 if dtype.itemsize < 4 else dtype  # what 16-bit numbers are summed in
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a.dtype)), like)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, accumulation_dtype(a.dtype)), like)
 
         def add(total, part):
             return jax.tree.map(lambda sum, a: sum + a.astype(sum.dtype), total, function(model, *part)), None
@@ -252,6 +285,14 @@ def _mean_over_microbatches(function, size):
         return jax.tree.map(lambda sum, a: (sum / num_parts).astype(a.dtype), total, like)
 
     return mean
+
+
+def _key_parameter(model) -> inspect.Parameter | None:
+    """The parameter `key` of a model that has one."""
+    try:
+        return inspect.signature(model).parameters.get("key")
+    except (TypeError, ValueError):  # a callable that does not tell
+        return None
 
 
 def _accuracy(outputs, labels):

@@ -174,3 +174,13 @@ def test_members_never_make_a_grouped_convolution():
 def test_a_kernel_that_does_not_fit_is_an_error_that_says_so(shape):
     with pytest.raises(ValueError, match="kernel must have shape .* for images of 3 channels"):
         undecorated(conv3x3)(jnp.zeros((2, 8, 8, 3)), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.vmap], ids=["alone", "members"])
+def test_without_jit_it_is_the_same(transform, getkey):
+    x, k = jr.normal(getkey(), (2, 1, 4, 4, 2)), jr.normal(getkey(), (2, 3, 3, 2, 3))
+    args = (x, k) if transform is jax.vmap else (x[0], k[0])
+    gradient = transform(jax.grad(lambda x, k: jnp.sum(conv3x3(x, k) ** 2), (0, 1)))
+    expected = jax.jit(gradient)(*args)
+    with jax.disable_jit():
+        assert tree_allclose(gradient(*args), expected)
