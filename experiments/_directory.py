@@ -18,7 +18,7 @@ import tyro
 import xarray as xr
 from jax.experimental import multihost_utils
 
-from . import _signals
+from . import _lock, _signals
 from ._prepare import brief
 from ._results import STAND_INS, file_name, provenance, save
 from ._run import UsageError, console
@@ -59,7 +59,7 @@ def parse(config: type[_Config], arguments: list[str], module: str, description:
     resumed: Any = tyro.cli(config, args=arguments, prog=prog, description=description, default=stored)
     names = [field.name for field in dataclasses.fields(resumed) if field.name not in _FREE]
     differences = [
-        f"--{name.replace('_', '-')} {_words(getattr(stored, name))}, not {_words(getattr(resumed, name))}"
+        f"--{name.replace('_', '-')} {words(getattr(stored, name))}, not {words(getattr(resumed, name))}"
         for name in names
         if getattr(stored, name) != getattr(resumed, name)
     ]
@@ -95,8 +95,9 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
         ) from error
 
 
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def words(value: Any) -> str:
+    """A value of a flag as it is typed."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def directory_of(
@@ -110,7 +111,7 @@ def directory_of(
     if jax.process_index() == 0:
         try:
             config = {**config, "made_by": made_by(module, arguments)}
-            path = _writable(run.resume) if run.resume else new_directory(run.out, label, dataset, config)
+            path = _resumed(run.resume) if run.resume else new_directory(run.out, label, dataset, config)
             name = os.fsencode(path)
         except UsageError as error:
             problem = error
@@ -127,8 +128,9 @@ def made_by(module: str, arguments: Sequence[str]) -> dict[str, str]:
     return {"command": shlex.join(["python", "-m", f"experiments.{module}", *arguments])} | provenance()
 
 
-def _writable(path: Path) -> Path:
+def _resumed(path: Path) -> Path:
     try:
+        _lock.lock(path)
         probe = path / ".writable"
         probe.touch()
         probe.unlink()
@@ -154,6 +156,8 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
                 path = path.with_name(f"{label}-{stamp}-{number}")
         refuse_used(path)
         path.mkdir(parents=True, exist_ok=out is not None)
+        _lock.lock(path)
+        refuse_used(path)  # again: another run may have come and gone
         text = json.dumps(dict(config), indent=2, default=str)
         (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -166,10 +170,11 @@ def writing(directory: Path, module: str) -> Iterator[None]:
     """Turns what goes wrong when results are written, such as a full disk, into a sentence that says how to go on."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         reason = getattr(error, "strerror", None) or brief(error)
+        remedy = "mend what cannot be imported" if isinstance(error, ImportError) else "make room"
         raise UsageError(
-            f"cannot write the results to {directory} ({reason}): make room, then go on with\n"
+            f"cannot write the results to {directory} ({reason}): {remedy}, then go on with\n"
             f"  {resume_command(directory, module)}"
         ) from error
 
@@ -183,7 +188,8 @@ def resume_command(directory: Path, module: str) -> str:
 def refuse_used(out: Path | None) -> None:
     """Raises a `UsageError` if the directory holds more than the configuration of a run that never started."""
     try:
-        used = out is not None and out.is_dir() and any(not p.name.endswith("config.json") for p in out.iterdir())
+        own = ("config.json", _lock.NAME)
+        used = out is not None and out.is_dir() and any(not p.name.endswith(own) for p in out.iterdir())
     except OSError as error:
         raise UsageError(f"cannot read {out} ({error.strerror}): pass another directory with --out.") from error
     if used:
@@ -212,6 +218,7 @@ def conclude(
                     report(results, directory)
             finished = results.attrs["finished"] == "true"
     finally:
+        _lock.unlock(directory)
         if not finished and not isinstance(sys.exception(), Exception):
             console.print(f"Interrupted. To go on: {resume_command(directory, module)}")
     return finished

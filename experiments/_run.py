@@ -1,6 +1,8 @@
 """What the experiment commands share: exit codes, devices and hosts, the length of chunks, and times in words."""
 
 import contextlib
+import importlib.util
+import io
 import math
 import os
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from ._data import DataError
+from ._prepare import brief
 
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
@@ -23,6 +26,9 @@ class UsageError(Exception):
 
 def run(command: Callable[[], bool]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 wrong use (one sentence, no traceback), 130 interrupted (False)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding does not have is replaced
+            stream.reconfigure(errors="replace")
     try:
         code = 0 if command() else 130
     except (UsageError, DataError) as error:
@@ -66,10 +72,32 @@ def start_jax(distributed: bool) -> None:
     Which hosts there are is known from the cluster that the process runs in; where JAX does not recognise it, from the
     environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
+    require_packages()
     use_all_cores()
     keep_compiled_programs()
-    if not distributed:
-        return
+    if distributed:
+        _find_hosts()
+    try:
+        jax.devices()
+    except Exception as error:  # of many kinds: whatever a plugin of JAX raises that finds no device
+        platforms = jax.config.jax_platforms or "of any kind"  # type: ignore[attr-defined]
+        raise UsageError(
+            f"JAX cannot use platform {platforms} ({brief(error)}): set JAX_PLATFORMS=cpu, or install what it needs."
+        ) from error
+
+
+def require_packages() -> None:
+    """Looks for what is needed only when there are results, and imported only then: that takes seconds."""
+    missing = [name for name in ("h5netcdf", "h5py", "matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    missing += [] if importlib.util.find_spec("orbax") and importlib.util.find_spec("orbax.checkpoint") else ["orbax"]
+    if missing:
+        raise UsageError(
+            f"the results could not be saved or drawn without {', '.join(missing)}: "
+            'pip install "eqx-dynloss[experiments]" has all that the commands need.'
+        )
+
+
+def _find_hosts() -> None:
     number, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(

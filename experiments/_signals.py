@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM that lose nothing: the first one lets the running work come to an end, a second one does not."""
+"""Ctrl-C, SIGTERM and SIGHUP that lose nothing: the first lets the running work come to an end, a second does not."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a scheduler that takes the machine back sends the second
+# A scheduler that takes the machine back sends SIGTERM; a terminal that is closed, SIGHUP (which `nohup` ignores).
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):
+    _NAMES[signal.SIGHUP] = "SIGHUP"
 _USUAL = (signal.default_int_handler, signal.SIG_DFL)
 _HANDLERS: dict[Callable[..., None], threading.Event] = {}  # ours that are in place, innermost last, and what they set
 
@@ -48,11 +52,12 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
     def handler(number: int, _frame):
         again = event.is_set()
         event.set()
-        handle("Ctrl-C" if number == signal.SIGINT else "SIGTERM", again)
+        _drop_closed_terminal()
+        handle(_NAMES[signal.Signals(number)], again)
 
     replaced = {}
     if threading.current_thread() is threading.main_thread():
-        usual = {number: signal.getsignal(number) for number in _SIGNALS}
+        usual = {number: signal.getsignal(number) for number in _NAMES}
         replaced = {number: old for number, old in usual.items() if old in _USUAL or old in _HANDLERS}
     if replaced:
         _HANDLERS[handler] = event
@@ -65,3 +70,13 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
             signal.signal(number, old)
         if replaced:
             del _HANDLERS[handler]
+
+
+def _drop_closed_terminal() -> None:
+    """Lets what is printed from now on vanish where the terminal is gone, so that printing does not fail."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

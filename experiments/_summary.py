@@ -1,7 +1,8 @@
 """What a run's results say: statistics over seeds, differences paired by seed, and the same words in every output.
 
 Static and dynamical losses start from the same seeds, so the difference of a seed removes what the seed alone decides.
-Members that diverged have no place in a mean; they are left out of it, counted, and named.
+Members that diverged have no place in a mean; they are left out of it, counted, and named. Members that are at chance
+stay in it, as nobody knows whether they would have come back, and are counted and named too.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from ._results import PACKAGES, file_name, loss_unit, losses, settings, subject
 
 CONFIDENCE = 0.95
 SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
+CHANCE = 1.25  # times 1 / classes: an accuracy of no more than that is no better than guessing (ours)
 MOST_SENTENCES = 8  # that a summary begins with, before the tables
 
 
@@ -60,6 +62,7 @@ class Condition:
     differences: dict[str, dict[str, Estimate]]
     evidence: str | None
     setting: str = ""  # what else than the loss is special about it, in words
+    at_chance: list[int] = dataclasses.field(default_factory=list)  # seeds whose accuracies are those of guessing
 
     @property
     def used(self) -> int:
@@ -140,9 +143,11 @@ def _condition(
         for split, metrics in outcomes.items()
         if static is not None
     }
+    chance = CHANCE / members.sizes["class"]
+    guessing = [seed for i, seed in survivors if all(split["accuracy"][i] <= chance for split in final.values())]
     amplitude, diverged = float(members.amplitude), [seed for seed, gone in zip(seeds, lost, strict=True) if gone]
     missing = int((~seen & ~lost).sum()) if final else 0
-    result = Condition(amplitude, period, len(seeds), diverged, missing, outcomes, differences, None, setting)
+    result = Condition(amplitude, period, len(seeds), diverged, missing, outcomes, differences, None, setting, guessing)
     return result if static is None else dataclasses.replace(result, evidence=_evidence(result))
 
 
@@ -186,14 +191,27 @@ def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -
             f"NOT REACHED: {missing} of {sum(c.seeds for c in everything)} members were not trained before the "
             "interruption. They are left out of every mean and difference."
         )
-    gone = [f"{c.name}: seed {', '.join(map(str, c.diverged))}" for c in everything if c.diverged]
+    gone = {c.name: c.diverged for c in everything if c.diverged}
     if gone:
         notices.append(
-            f"DIVERGED (became non-finite): {sum(len(c.diverged) for c in everything)} of "
-            f"{sum(c.seeds for c in everything)} members. They are left out of every mean and difference, which can "
-            f"flatter the conditions they belong to ({'; '.join(gone)})."
+            f"DIVERGED (became non-finite): {_count(gone, everything)}. They are left out of every mean and "
+            f"difference, which can flatter the conditions they belong to ({_named(gone)})."
+        )
+    guessing = {c.name: c.at_chance for c in everything if c.at_chance}
+    if guessing:
+        notices.append(
+            f"AT CHANCE (accuracies of guessing at the last evaluation): {_count(guessing, everything)}. They are part "
+            f"of every mean and difference ({_named(guessing)})."
         )
     return notices
+
+
+def _count(found: Mapping[str, list[int]], everything: list[Condition]) -> str:
+    return f"{sum(map(len, found.values()))} of {sum(c.seeds for c in everything)} members"
+
+
+def _named(found: Mapping[str, list[int]]) -> str:
+    return "; ".join(f"{name}: seed {', '.join(map(str, seeds))}" for name, seeds in found.items())
 
 
 def _notes(n_dynamical: int, dataset: xr.Dataset) -> list[str]:

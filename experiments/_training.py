@@ -21,9 +21,10 @@ from eqx_dynloss.train import Dataset
 from . import _signals
 from ._checkpoint import Checkpoints
 from ._plan import Members, Plan
+from ._prepare import brief
 from ._record import History, Record, joined
 from ._run import UsageError, console
-from ._waves import fitting_wave
+from ._waves import fitting_wave, refuse_giants
 
 REPORTS = 20  # lines about the progress, at most, where there is no terminal for a bar
 
@@ -54,6 +55,18 @@ def train(
 
     **Raises:** `KeyboardInterrupt` if it was stopped before there was anything to return.
     """
+    try:
+        return _train(members, data, splits, plan, checkpoint, checkpoint_minutes, wave)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UsageError(
+            f"the memory of the devices does not suffice ({brief(error)}): take a smaller width, a smaller batch, or "
+            "fewer members at a time."
+        ) from error
+
+
+def _train(members, data, splits, plan, checkpoint, checkpoint_minutes, wave) -> History:
     wave, plan = _settled(members, data, splits, plan, checkpoint, wave)
     starts = range(0, len(members), wave)
     records: list[Record] = []
@@ -153,6 +166,7 @@ def _settled(members, data, splits, plan, checkpoint, wave) -> tuple[int, Plan]:
         if wave is not None and min(wave, len(members)) != found["wave"]:
             raise UsageError(f"this run has waves of {found['wave']} members, not {wave}: leave --wave out.")
         return found["wave"], dataclasses.replace(plan, chunk=found["chunk"])
+    refuse_giants(members)
     size = min(len(members), wave or fitting_wave(members, data, splits, plan))
     if path is not None and jax.process_index() == 0:
         partial = path.with_suffix(".partial")

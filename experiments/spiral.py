@@ -158,7 +158,8 @@ def _check(config: Config) -> None:
     for name in ("amplitude", "period", "init", "width", "learning_rate"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"--{name.replace('_', '-')} takes one or more different values, got {values}.")
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} takes one or more different values, got {_directory.words(values)}.")
     for amplitude in config.amplitude:
         if not 1 <= amplitude < math.inf:
             raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 from jax import lax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from eqx_dynloss.convolution import conv3x3
 
-from .helpers import undecorated
+from .helpers import tree_allclose, undecorated
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -1,0 +1,259 @@
+"""Commands that are started where something is missing, in the way, or about to go away; as processes of their own."""
+
+import contextlib
+import importlib.util
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from experiments import _lock, _run, _signals, _waves
+from experiments._run import UsageError
+
+from .test_resume import ROOT, SPIRAL, finish, results, start, wait_for
+
+SHORT = [*SPIRAL[:-2], "--checkpoint-every", "9"]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+def refused(arguments, **variables: str) -> str:
+    """The one sentence with which a command ends at once."""
+    process = start(arguments, **variables)
+    out, error = process.communicate(timeout=120)
+    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(sentences) == 1, out + error
+    return sentences[0]
+
+
+# Terminals
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_another_one(tmp_path):
+    assert "dynamical ? static" in finish(start([*SHORT, "--out", tmp_path / "run"], **ASCII))
+    assert (tmp_path / "run" / "summary.md").read_text(encoding="utf-8").count("−") > 1
+    assert "?" in finish(start(["compare", tmp_path / "run", "--out", tmp_path / "compared"], **ASCII))
+
+
+@pytest.mark.parametrize("command", ["cifar", "spiral", "phase", "compare"])
+def test_help_and_wrong_flags_on_an_ascii_terminal(command):
+    assert "usage" in finish(start([command, "--help"], **ASCII))
+    process = start([command, "--no-such-flag-ä"], **ASCII)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in error
+
+
+# What is not there
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+@pytest.mark.parametrize("command", [["spiral"], ["cifar", "--dataset", "digits"], ["phase"]], ids=" ".join)
+def test_a_platform_that_is_not_there_is_a_sentence(platform, command, tmp_path):
+    sentence = refused([*command, "--out", tmp_path / "run"], JAX_PLATFORMS=platform)
+    assert f"JAX cannot use platform {platform}" in sentence and "JAX_PLATFORMS=cpu" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["h5netcdf", "h5py", "matplotlib", "scipy", "orbax"])
+def test_what_only_the_end_needs_is_looked_for_before_the_start(name, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == name else found(n))
+    with pytest.raises(UsageError, match=rf"without {name}: pip install"):
+        _run.start_jax(distributed=False)
+
+
+def test_what_turns_out_to_be_broken_at_the_end_leaves_the_results(tmp_path):
+    broken = tmp_path / "broken" / "matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libfreetype is gone')")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(tmp_path / "broken")])
+    path = os.pathsep.join([str(tmp_path / "broken"), path])
+    sentence = refused([*SHORT, "--out", tmp_path / "run"], PYTHONPATH=path)
+    assert "libfreetype is gone" in sentence and "mend what cannot be imported" in sentence
+    assert results(tmp_path / "run").attrs["finished"] == "true"
+    finish(start(["spiral", "--resume", tmp_path / "run"]))
+    assert list((tmp_path / "run").glob("*.png"))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["cifar", "--dataset", "digits", "--seeds", "1"], ["phase", "--amplitudes", "1,2", "--periods", "9"]],
+    ids=" ".join,
+)
+def test_a_network_beyond_all_memory_is_refused_at_once(command, tmp_path):
+    flag = "--width" if command[0] == "cifar" else "--widths"
+    width = "1000000" if command[0] == "cifar" else "100000000000"
+    sentence = refused([*command, flag, width, "--out", tmp_path / "run"])
+    assert "GB, and the memory has" in sentence and "take a smaller width" in sentence
+
+
+def test_what_is_noticed_only_by_the_allocator_is_a_sentence_too(monkeypatch):
+    from experiments import _training
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
+
+    monkeypatch.setattr(_training, "_train", exhausted)
+    with pytest.raises(UsageError, match="does not suffice .*allocating 123 bytes.*: take a smaller width"):
+        _training.train(*[None] * 4)  # pyright: ignore
+
+
+def test_the_memory_of_a_small_gpu_is_what_counts(monkeypatch):
+    class Gpu:
+        def memory_stats(self):
+            return {"bytes_limit": 1e9}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
+    _waves._refuse_beyond(0.9e9)
+    with pytest.raises(UsageError, match="takes 1.1 GB, and the memory has 1.0 GB"):
+        _waves._refuse_beyond(1.1e9)
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "arguments", ["cifar --amplitude", "cifar --period", "spiral --amplitude", "spiral --width", "cifar --period 9 9"]
+)
+def test_flags_that_take_values_are_not_left_without_any(arguments):
+    sentence = refused([*arguments.split(), *(["--dataset", "digits"] if "cifar" in arguments else [])])
+    assert "takes one or more different values, got " in sentence and "(" not in sentence
+    assert sentence.endswith("got none." if "9" not in arguments else "got 9 9.")
+
+
+# Two at once
+
+
+def test_two_processes_do_not_work_in_the_same_directory(tmp_path):
+    out = tmp_path / "run"
+    first = start([*SPIRAL, "--out", out])
+    wait_for(first, "members")
+    before = sorted(path.name for path in out.iterdir() if path.name.endswith("config.json"))
+    assert before
+    for arguments in ([*SPIRAL, "--out", out], ["spiral", "--resume", out]):
+        sentence = refused(arguments)
+        assert "another process is at work in" in sentence or "is not empty" in sentence
+    finish(first)
+    assert results(out).attrs["finished"] == "true"
+    finish(start(["spiral", "--resume", out]))
+
+
+def test_of_two_that_start_at_the_same_moment_one_is_refused(tmp_path):
+    both = [start([*SHORT, "--out", tmp_path / "run"]) for _ in range(2)]
+    ended = [process.communicate(timeout=240) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], ended
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+    assert results(tmp_path / "run").attrs["finished"] == "true"
+
+
+def test_a_process_that_is_killed_holds_nothing(tmp_path):
+    held = "import sys, time; from pathlib import Path; from experiments._lock import lock"
+    program = f"{held}; lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(holder, "locked")
+    with pytest.raises(UsageError, match="another process is at work"):
+        _lock.lock(tmp_path)
+    holder.kill()
+    holder.communicate()
+    _lock.lock(tmp_path)
+    _lock.lock(tmp_path)  # one's own
+    _lock.unlock(tmp_path)
+    _lock.unlock(tmp_path)
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
+    def acquire(self, **_):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(_lock.FileLock, "acquire", acquire)
+    _lock.lock(tmp_path)
+    _lock.unlock(tmp_path)
+
+
+# The end of a terminal
+
+
+def test_a_hangup_saves_first_and_can_be_resumed(tmp_path):
+    process = start([*SPIRAL, "--out", tmp_path / "run"])
+    wait_for(process, "of 400 (")
+    process.send_signal(signal.SIGHUP)
+    assert "--resume" in finish(process, 130)
+    assert 0 < results(tmp_path / "run").attrs["steps_done"] < 400
+    finish(start(["spiral", "--resume", tmp_path / "run"]))
+    assert results(tmp_path / "run").attrs["finished"] == "true"
+
+
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
+    """A session of its own on a pseudo-terminal, whose other end goes away: what closing a window does."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TERM": "xterm"}
+        arguments = ["-m", f"experiments.{SPIRAL[0]}", *SPIRAL[1:], "--out", str(tmp_path / "run")]
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *arguments], env)
+    closed = threading.Event()
+
+    def read():  # a terminal that nobody reads from blocks those who write to it
+        with contextlib.suppress(OSError):
+            while not closed.is_set() and os.read(terminal, 1024):
+                pass
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    checkpoint = tmp_path / "run" / "checkpoint"
+    deadline = time.monotonic() + 120
+    while not any(checkpoint.rglob("_CHECKPOINT_METADATA")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    closed.set()
+    reader.join()
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert 0 < results(tmp_path / "run").attrs["steps_done"] <= 400
+    finish(start(["spiral", "--resume", tmp_path / "run"]))
+    assert results(tmp_path / "run").attrs["finished"] == "true"
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _signals.first_signal(lambda name: None) as event:
+            signal.raise_signal(signal.SIGHUP)
+            assert not event.is_set() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Networks that learn nothing
+
+
+def test_networks_that_never_left_chance_are_named(tmp_path):
+    rate = ["--learning-rate", "1000", "--updates", "60", "--curvature", "0"]
+    out = finish(start(["spiral", "--seeds", "2", "--width", "4", "--period", "20", *rate, "--out", tmp_path / "run"]))
+    text = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    assert "AT CHANCE" in out and "AT CHANCE" in text
+
+
+# Without jit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["spiral", "cifar"])
+def test_commands_run_without_jit(command, tmp_path):
+    arguments = {
+        "spiral": "spiral --seeds 1 --width 2 --updates 2 --period 2 --curvature 0",
+        "cifar": "cifar --dataset digits --seeds 1 --width 1 --epochs 1 --batch-size 4 --train-examples 4 "
+        "--validation-examples 4 --evaluations 1",
+    }[command]
+    finish(start([*arguments.split(), "--out", tmp_path / "run"], JAX_DISABLE_JIT="1"))
