@@ -272,7 +272,7 @@ class DynamicalLoss(eqx.Module):
         self.options = {k: v for k, v in options.items() if k in dynamic}
         self.static_options = tuple((k, v) for k, v in options.items() if k not in dynamic)
 
-    def __call__(self, outputs: PyTree[Array], labels: Array, step: Step) -> Float[Array, ""]:
+    def __call__(self, outputs: PyTree, labels: PyTree, step: Step) -> Float[Array, ""]:
         """**Arguments:**
 
         - `outputs`: what the model gives for a batch, in the base loss's form, e.g. `[batch, classes]` logits.

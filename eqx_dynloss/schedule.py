@@ -52,9 +52,9 @@ class OscillatingWeights(AbstractSchedule):
     $\Gamma_i = C\,g_i/\sum_k g_k$. Every period starts and ends with all weights equal to 1. At the peak the active
     class has $CA/(A+C-1)$ and the others $C/(A+C-1)$. `amplitude=1` is static training.
 
-    Up to step $2^{24}$, in float32, the class is the right one and the position is off by at most $2^{-22}$, plus two
-    roundings of a fractional phase; a later step is itself rounded, for which there is float64. A period of 1 has no
-    step inside: it is static.
+    Up to step $2^{24}$, in float32, the oscillation is where it should be to $2^{-22}$ of a turn; later steps are
+    rounded themselves, and want float64. Values do not depend on how the schedule reaches a program, but for the last
+    digit of a cosine, or of what is all constants. A period of 1 has no step inside: it is static.
     Like every module that holds arrays, it is compiled with `eqx.filter_jit(schedule)` or inside a jitted function.
 
     ??? cite

@@ -111,10 +111,15 @@ def directory_of(
     if jax.process_index() == 0:
         try:
             config = {**config, "made_by": made_by(module, arguments)}
-            path = _resumed(run.resume) if run.resume else new_directory(run.out, label, dataset, config)
+            if given := run.resume or run.out:
+                _lock.lock(given)
+            path = _writable(run.resume) if run.resume else new_directory(run.out, label, dataset, config)
+            _lock.lock(path)
             name = os.fsencode(path)
         except UsageError as error:
             problem = error
+            if run.out:
+                _lock.unlock(run.out)
     if jax.process_count() > 1:
         letters = np.frombuffer(name.ljust(4096, b"\0"), np.uint8)
         name = bytes(np.asarray(multihost_utils.broadcast_one_to_all(letters))).rstrip(b"\0")
@@ -128,9 +133,8 @@ def made_by(module: str, arguments: Sequence[str]) -> dict[str, str]:
     return {"command": shlex.join(["python", "-m", f"experiments.{module}", *arguments])} | provenance()
 
 
-def _resumed(path: Path) -> Path:
+def _writable(path: Path) -> Path:
     try:
-        _lock.lock(path)
         probe = path / ".writable"
         probe.touch()
         probe.unlink()
@@ -156,8 +160,6 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
                 path = path.with_name(f"{label}-{stamp}-{number}")
         refuse_used(path)
         path.mkdir(parents=True, exist_ok=out is not None)
-        _lock.lock(path)
-        refuse_used(path)  # again: another run may have come and gone
         text = json.dumps(dict(config), indent=2, default=str)
         (path / file_name(dataset, "config.json")).write_text(text + "\n", encoding="utf-8")
     except OSError as error:

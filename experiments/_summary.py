@@ -143,7 +143,7 @@ def _condition(
         for split, metrics in outcomes.items()
         if static is not None
     }
-    chance = CHANCE / members.sizes["class"]
+    chance = CHANCE / members.sizes.get("class", np.inf)
     guessing = [seed for i, seed in survivors if all(split["accuracy"][i] <= chance for split in final.values())]
     amplitude, diverged = float(members.amplitude), [seed for seed, gone in zip(seeds, lost, strict=True) if gone]
     missing = int((~seen & ~lost).sum()) if final else 0

@@ -145,9 +145,8 @@ def _check(config: Config, preset: Preset) -> None:
         for name in ("width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations")
     }
     for name in ("amplitude", "period"):
-        values = getattr(preset, name)
-        if not values or len(set(values)) < len(values):
-            raise UsageError(f"--{name} takes one or more different values, got {_directory.words(values)}.")
+        if not getattr(preset, name):
+            raise UsageError(f"--{name} takes one or more values, got none.")
     for name, value in at_least_one.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")

@@ -212,3 +212,11 @@ def test_members_of_an_ensemble_may_differ_in_an_option():
         _, expected, _ = train.train_chunk(state, alone, optimiser, data, num_steps=12)
         assert tree_allclose(metrics.loss[i], expected.loss)
     assert np.ptp(metrics.loss[:, 0]) > 0.01
+
+
+def test_numpy_arrays_and_steps_of_any_kind():
+    x, y, _, _ = problem((30,), 3)
+    loss = DynamicalLoss(SCHEDULE)
+    for arrays in ((np.asarray(x), np.asarray(y)), (np.asarray(x, np.float64), np.asarray(y, np.int64))):
+        for step in (5, np.int64(5), np.float32(5), np.asarray(5), jnp.asarray(5)):
+            assert tree_allclose(loss(*arrays, step), loss(x, y, 5))

@@ -77,8 +77,8 @@ def test_microbatches_of_a_model_with_dropout_give_the_same_update(size, getkey)
     assert tree_allclose(*(jax.tree.leaves(eqx.filter(result, eqx.is_inexact_array)) for result in (whole, parts)))
 
 
-@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3)])
-def test_neither_chunks_nor_blocks_nor_a_resumption_change_a_run_with_dropout(chunks, getkey):
+def test_neither_chunks_nor_blocks_nor_a_resumption_change_a_run_with_dropout(getkey):
+    chunks = (5, 4, 3)
     data, keys = blobs(getkey()), jr.split(getkey(), 3)
     losses = DynamicalLoss(OscillatingWeights(3, jnp.array([1.0, 5.0, 9.0]), 4.0))
 
@@ -229,10 +229,9 @@ def test_numpy_data_and_hyperparameters(getkey):
     assert tree_allclose(states.opt_state.hyperparams["learning_rate"], jnp.array([0.1, 0.2]))
 
 
-@pytest.mark.parametrize("make", [make_mlp, Dropping], ids=["MLP", "dropout"])
-def test_training_without_jit(make, getkey):
-    data, state = blobs(getkey()), train.init(make, OPTIMISER, getkey())
-    run = lambda: train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=3, batch_size=7, microbatch_size=7)[1]
+def test_training_without_jit(getkey):
+    data, state = blobs(getkey()), train.init(Dropping, OPTIMISER, getkey())
+    run = lambda: train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=7, microbatch_size=7)[1]
     expected = eqx.filter_jit(run)(), eqx.filter_jit(train.evaluate)(state.model, data)
     with jax.disable_jit():
         assert tree_allclose((run(), train.evaluate(state.model, data)), expected)

@@ -51,7 +51,7 @@ def problem(num_classes, shape=(6,)):
 
 @pytest.mark.parametrize("num_classes", [3, 100])  # above 64 the gradient takes another way on a CPU
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("derivative", ["grad", "jvp of value and grad", "vmap, weights per member"])
+@pytest.mark.parametrize("derivative", ["jvp of value and grad", "vmap, weights per member"])
 def test_without_jit_everything_is_the_same(name, num_classes, derivative):
     y, *args = problem(num_classes)
     total = lambda x, w: jnp.sum(LOSSES[name](x, y, w))
@@ -61,12 +61,12 @@ def test_without_jit_everything_is_the_same(name, num_classes, derivative):
         assert tree_allclose(total(*args[:2]), jax.jit(total)(*args[:2]))
 
 
-CHECKS = {"index": checkify.index_checks, "nan": checkify.nan_checks, "user": checkify.user_checks}
+CHECKS = {"index": checkify.index_checks, "all": checkify.all_checks | checkify.user_checks}
 
 
 @pytest.mark.parametrize("num_classes", [3, 100])
-@pytest.mark.parametrize("checks", [*CHECKS, "all"])
-@pytest.mark.parametrize("name", ["integer", "plain", "options", "masked", "some classes", "soft", "dynamical"])
+@pytest.mark.parametrize("checks", CHECKS)
+@pytest.mark.parametrize("name", ["integer", "plain", "options", "some classes", "soft"])
 def test_checkify_finds_nothing_wrong_and_changes_nothing(name, checks, num_classes):
     y, *args = problem(num_classes)
     total = lambda x, w: jnp.sum(LOSSES[name](x, y, w))
@@ -74,7 +74,7 @@ def test_checkify_finds_nothing_wrong_and_changes_nothing(name, checks, num_clas
     def everything(*args):
         return [DERIVATIVES[each](total, *args) for each in ("grad", "vmap of jvp of grad")]
 
-    checked = checkify.checkify(everything, errors=CHECKS.get(checks, checkify.all_checks))
+    checked = checkify.checkify(everything, errors=CHECKS[checks])
     error, actual = jax.jit(checked)(*args)
     error.throw()
     assert tree_allclose(actual, jax.jit(everything)(*args))

@@ -98,8 +98,6 @@ def _moves(tangent) -> bool:
 
 _value = Primitive("weighted_xent")
 _value.multiple_results = True
-
-
 _value.def_impl(ft.partial(run, _value))
 
 

@@ -7,6 +7,7 @@ the other one for GPUs, Mosaic, needs rows of a multiple of 16 bytes and a Hoppe
 """
 
 import functools as ft
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +76,12 @@ def _kernel(*refs, names, shape, block, rows_per_group):
         each = rows_per_group[name]
         return rows // each if each < num_rows else jnp.zeros_like(rows)
 
-    def option(name, **limit):
-        return (
-            or_nan(plgpu.load(inputs[name].at[group(name)], mask=exists, other=0), **limit) if name in inputs else None
-        )
+    def option(name, highest=math.inf):
+        if name not in inputs:
+            return None
+        return or_nan(plgpu.load(inputs[name].at[group(name)], mask=exists, other=0), highest)
 
-    first_weight, smoothing, z = group("weights") * num_classes, option("smoothing", highest=1.0), option("z")
+    first_weight, smoothing, z = group("weights") * num_classes, option("smoothing", 1.0), option("z")
 
     label = plgpu.load(inputs["labels"].at[:], mask=exists, other=0)
     label = label if label.dtype.itemsize == 8 else label.astype(jnp.int32)

@@ -458,6 +458,8 @@ def wrong(capsys, tmp_path, *arguments, out=None) -> str:
     ("--amplitude 0.5", "got 0.5"),
     ("--amplitude 5 nan", "got nan"),
     ("--amplitude inf", "got inf"),
+    ("--amplitude", "--amplitude takes one or more values, got none"),
+    ("--period", "--period takes one or more values, got none"),
     ("--amplitude 3 3", "distinct"),
     ("--period 0", "positive"),
     ("--period 3 -1", "positive"),
