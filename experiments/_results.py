@@ -80,7 +80,8 @@ def file_name(dataset: str, name: str) -> str:
 def conditions(amplitudes: Sequence[float], periods: Sequence[float]) -> list[tuple[float, float | None]]:
     """The (amplitude, period) pairs of a run: static, (1, None), then each amplitude but 1, period by period."""
     if not periods or len(set(periods)) < len(periods) or len(set(amplitudes)) < len(amplitudes):
-        raise ValueError(f"amplitudes and periods must be distinct, with at least one period: {amplitudes}, {periods}.")
+        given = " and ".join(", ".join(f"{value:g}" for value in values) or "none" for values in (amplitudes, periods))
+        raise ValueError(f"amplitudes and periods must be distinct, with at least one period, got {given}.")
     return [(1.0, None), *((A, T) for A in amplitudes if A != 1 for T in periods)]
 
 

@@ -40,6 +40,19 @@ def test_an_estimate_by_hand():
     assert (e.low, e.high) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
 
 
+def test_members_at_chance_are_named_and_stay_in_the_means(tmp_path):
+    dataset = results(seeds=4)
+    dataset.accuracy[1, 0, [1, 3], :, -1] = np.array([[0.11, 0.09], [0.1, 0.124]])
+    dataset.accuracy[0, 0, 2, :, -1] = [0.6, 0.11]  # overfitted, but not guessing
+    static, dynamical = summarise(dataset).conditions
+    assert static.at_chance == [] and dynamical.at_chance == [1, 3]
+    assert dynamical.used == 4 and dynamical.outcomes["validation"]["accuracy"].n == 4
+    for text in outputs(dataset, tmp_path).values():
+        assert "AT CHANCE (accuracies of guessing at the last evaluation): 2 of 8 members." in text
+        assert "A = 10, T = 50: seed 1, 3" in text
+    assert not any("AT CHANCE" in notice for notice in summarise(results(seeds=4)).notices)
+
+
 @pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_differences_agree_with_a_paired_t_test(metric, split):
