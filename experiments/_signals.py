@@ -50,7 +50,8 @@ def _handling(handle: Callable[[str, bool], None]) -> Iterator[threading.Event]:
         event.set()
 
     def handler(number: int, _frame):
-        again = event.is_set()
+        # A terminal that is closed sends one, and the shell in it another: they are not somebody who loses patience.
+        again = event.is_set() and _NAMES[signal.Signals(number)] != "SIGHUP"
         event.set()
         _drop_closed_terminal()
         handle(_NAMES[signal.Signals(number)], again)

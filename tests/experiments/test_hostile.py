@@ -214,6 +214,15 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     assert results(tmp_path / "run").attrs["finished"] == "true"
 
 
+def test_a_second_hangup_is_no_impatience():
+    told = []
+    with pytest.raises(KeyboardInterrupt), _signals.first_signal(told.append) as event:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert event.is_set() and told == ["SIGHUP", "SIGHUP"]
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
