@@ -23,7 +23,7 @@ SHORT = [*SPIRAL[:-2], "--checkpoint-every", "9"]
 ASCII: dict[str, Any] = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 
-def refused(arguments, **variables: str) -> str:
+def refused(arguments, **variables: Any) -> str:
     """The one sentence with which a command ends at once."""
     process = start(arguments, **variables)
     out, error = process.communicate(timeout=120)
