@@ -245,7 +245,8 @@ class DynamicalLoss(eqx.Module):
     ```
 
     A PyTree: its leaves are the arrays in the schedule and in the options, which can be batched, differentiated and
-    traced, and so may differ between the members of an ensemble. Numbers and functions are static.
+    traced, and so may differ between the members of an ensemble. Numbers and functions are static; functions are
+    compared by identity: make them once, or every loss compiles again.
 
     ??? cite
 
