@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import jax
 import pytest
 
-from experiments._run import use_all_cores
+from experiments.running.devices import use_all_cores
 
 from .comparison import INTERLEAVED, Compare, Record
 from .environment import copy_gigabytes_per_second, environment

@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from experiments._cifar import flops_per_image
-from experiments._run import use_all_cores
+from experiments.problems.cifar import flops_per_image
+from experiments.running.devices import use_all_cores
 
 from .comparison import rotated
 from .contestant import Contestant

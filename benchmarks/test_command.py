@@ -11,8 +11,9 @@ import jax
 import pytest
 
 from eqx_dynloss import ensemble
-from experiments import _data, _training
-from experiments._cifar import PRESETS, Task
+from experiments.problems import images
+from experiments.problems.cifar import PRESETS, Problem
+from experiments.running import training
 
 from .report import Row
 
@@ -58,7 +59,7 @@ def test_share_of_the_compiled_program(record):
     preset = dataclasses.replace(PRESETS["quick"], epochs=3, evaluations=3)
     if not record.timed:
         preset = dataclasses.replace(preset, width=4, epochs=2)
-    task = Task.of(preset, _data.load("digits", None, report=lambda message: None), num_seeds=1)
+    task = Problem.of(preset, images.load("digits"), num_seeds=1).task
     real, spans = ensemble.train_chunk, []
 
     def timed_chunk(*args, **options):
@@ -69,7 +70,7 @@ def test_share_of_the_compiled_program(record):
 
     def find_out() -> list[Row]:
         with mock.patch.object(ensemble, "train_chunk", timed_chunk):
-            _training.train(task.members, task.train_data, task.splits, task.plan)
+            training.train([task])
         (_, begin), (_, end) = spans[0], spans[-1]  # from the end of the first chunk, which compiles
         chunks = len(spans) - 1
         program = sum(stop - start for start, stop in spans[1:]) / chunks

@@ -21,7 +21,7 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
-from experiments._spiral import spiral
+from experiments.problems.spiral import spiral
 
 from .comparison import Compare, Work
 from .contestant import Contestant

@@ -12,7 +12,7 @@ import numpy as np
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
-from experiments._prepare import brief
+from experiments.problems.prepare import brief
 
 from .contestant import Absent, Contestant
 

@@ -23,7 +23,7 @@ from benchmarks.device_time import busy_seconds, device_seconds
 from benchmarks.environment import environment
 from benchmarks.report import Row, summary
 from benchmarks.workloads import ACCELERATOR_LOGITS, WORKLOADS
-from experiments._cifar import flops_per_image
+from experiments.problems.cifar import flops_per_image
 
 ROOT = Path(__file__).parents[1]
 VARYING = "abc" + "bca" + "cab" + "cba" + "acb" + "bac"  # the order of calls of three contestants, over and over

@@ -12,10 +12,10 @@ from eqx_dynloss import train
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP
 from eqx_dynloss.schedule import OscillatingWeights
-from experiments import _bifurcation
-from experiments._spiral import curvature, spiral
-from experiments.spiral import Config
-from experiments.spiral import train as run
+from experiments.problems.spiral import curvature, results, spiral
+from experiments.running.training import train as train_all
+from experiments.spiral import bifurcation
+from experiments.spiral.__main__ import Config, tasks_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 OPTIMISER = optax.sgd(1.0)
@@ -24,6 +24,12 @@ OPTIMISER = optax.sgd(1.0)
 @pytest.fixture(autouse=True, scope="module")
 def optimisations():
     """Compiles as users do: many updates are made here."""
+
+
+def run(config: Config):
+    """What the command trains, and gives its dimensions."""
+    tasks = tasks_of(config)
+    return results(tasks, train_all(tasks), config.period, config.loss)
 
 
 def make_mlp(key):
@@ -93,11 +99,11 @@ def test_the_data_are_the_authors():
     assert not np.array_equal(spiral(1).inputs, data.inputs)
 
 
-def test_reproduces_the_numbers_of_the_papers_figure(tmp_path):
+def test_reproduces_the_numbers_of_the_papers_figure():
     """Ten seeds of the paper-era initialisation against the loss, the largest eigenvalues of Hessian and NTK, and the
     onset of the first bifurcation, all read off a re-run of the figure with one seed (about 1 % accurate)."""
-    results = run(Config(seeds=10, updates=4500, curvature=500), tmp_path)
-    members = results.isel(init=0, width=0, learning_rate=0, period=0).sel(amplitude=70)
+    found = run(Config(seeds=10, updates=4500, curvature=500))
+    members = found.isel(init=0, width=0, learning_rate=0, period=0).sel(amplitude=70)
     for step, hessian, ntk, loss in [(2500, 0.601, 347, 0.133), (4000, 1.62, 461, 0.252)]:
         seen = members.sel(observation_step=step)
         assert np.isclose(seen.hessian_max.median(), hessian, rtol=0.05)
@@ -111,7 +117,7 @@ def test_reproduces_the_numbers_of_the_papers_figure(tmp_path):
     alternation = lambda loss: np.abs(np.diff(loss.values, 2)).mean(1)
     assert np.median(alternation(members.minibatch_loss.sel(step=slice(3450, 3550)))) < 1e-5
     assert np.median(alternation(members.minibatch_loss.sel(step=slice(4300, 4350)))) > 1e-3
-    times = [_bifurcation.bifurcation(series) for series in members.minibatch_loss.values]
+    times = [bifurcation.bifurcation(series) for series in members.minibatch_loss.values]
     assert 4000 < np.median(times) < 4200
 
 
@@ -134,10 +140,10 @@ def test_what_is_observed_is_the_dense_curvature(getkey):
 
 
 @pytest.mark.slow
-def test_reproduces_the_accuracies_and_the_onset_of_instability(tmp_path):
+def test_reproduces_the_accuracies_and_the_onset_of_instability():
     """REFERENCE's table, within 3 standard errors of the difference of two means of ten seeds, and bifurcations."""
-    results = run(Config(seeds=10), tmp_path)
-    members = results.isel(init=0, width=0, learning_rate=0, period=0)
+    found = run(Config(seeds=10))
+    members = found.isel(init=0, width=0, learning_rate=0, period=0)
     final = members.accuracy.isel(evaluation_step=-1)
     for amplitude, split, mean, std in [
         (1, "train", 0.496, 0.029),
@@ -148,7 +154,7 @@ def test_reproduces_the_accuracies_and_the_onset_of_instability(tmp_path):
         ours = final.sel(amplitude=amplitude, split=split).values
         error = np.sqrt((ours.var(ddof=1) + std**2) / 10)
         assert abs(ours.mean() - mean) < 3 * max(error, 0.001)
-    static, dynamical = _bifurcation.first_times(results)
+    static, dynamical = bifurcation.first_times(found)
     r, low, _, n = dynamical.correlation()
     assert n == 10 and r > 0.95 and low > 0.8
     assert np.all(np.abs(dynamical.bifurcation - dynamical.crossing) < 100)

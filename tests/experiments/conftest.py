@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from experiments import _run
+from experiments.running import devices
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -39,8 +39,8 @@ def sandbox(tmp_path, monkeypatch):
     Ctrl-C is as a terminal has it: processes that a shell starts in the background ignore it.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_run, "use_all_cores", lambda: None)
-    monkeypatch.setattr(_run, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(devices, "use_all_cores", lambda: None)
+    monkeypatch.setattr(devices, "keep_compiled_programs", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

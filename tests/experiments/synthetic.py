@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 
 from eqx_dynloss import ensemble
-from experiments import _run
-from experiments._results import assemble, conditions
+from experiments.results.labelled import SPLITS, combinations, unfold
+from experiments.running.terminal import execute
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -68,6 +68,36 @@ def results(
     )
 
 
+def assemble(
+    *, amplitudes, periods, seeds, classes, evaluation_steps, attrs, observation_steps=(), observations=None, **values
+) -> xr.Dataset:
+    """The dataset of a run from arrays, `[members, …]` in the order of `combinations`."""
+    dims = {"accuracy": ("split", "evaluation_step"), "loss": ("split", "evaluation_step"), "diverged_at": ()}
+    dims |= {"minibatch_loss": ("step",), "minibatch_accuracy": ("step",)}
+    observations = observations or {}
+    weights = values.pop("class_weights", None)
+    variables = {name: (("member", *dims.get(name, ("observation_step",))), np.asarray(array))
+                 for name, array in (values | observations).items() if array is not None}  # fmt: skip
+    coordinates = combinations(amplitudes, periods, seeds)
+    own = {name: ("member", array) for name, array in coordinates.items()}
+    axes = {"split": list(SPLITS), "evaluation_step": np.asarray(evaluation_steps)}
+    if observations:
+        axes["observation_step"] = np.asarray(observation_steps)
+    if "minibatch_loss" in variables:
+        axes["step"] = np.arange(variables["minibatch_loss"][1].shape[-1])
+    parts = [xr.Dataset(variables, own | axes)]
+    if weights is not None:
+        of_losses = {name: ("member", coordinates[name][:: len(seeds)]) for name in ("amplitude", "period")}
+        parts.append(xr.Dataset({"class_weights": (("member", "step", "class"), weights)}, of_losses))
+    return unfold(*parts, periods=periods, classes=classes, **attrs)
+
+
+def conditions(amplitudes, periods) -> list[tuple[float, float | None]]:
+    """The losses in their order: the static one, (1, None), and then (amplitude, period)."""
+    pairs = zip(*(combinations(amplitudes, periods, [0])[name] for name in ("amplitude", "period")), strict=True)
+    return [(A, None if np.isnan(T) else T) for A, T in pairs]
+
+
 def interrupt_after(chunks, monkeypatch):
     """Raises what Ctrl-C raises, instead of running one more chunk."""
     real, done = ensemble.train_chunk, []
@@ -84,6 +114,6 @@ def interrupt_after(chunks, monkeypatch):
 def run_command(main, *arguments) -> int:
     """Runs a command in this process; returns its exit code."""
     with pytest.raises(SystemExit) as caught:
-        _run.run(lambda: main([str(argument) for argument in arguments]))
+        execute(lambda: main([str(argument) for argument in arguments]))
     assert isinstance(caught.value.code, int)
     return caught.value.code

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import _lock, _run, _signals, _waves
-from experiments._run import UsageError
+from experiments.running import devices, directory, memory, signals
+from experiments.running.errors import UsageError
 
-from .test_resume import ROOT, SPIRAL, finish, results, start, wait_for
+from .running.test_resume import ROOT, SPIRAL, finish, results, start, wait_for
 
 SHORT = [*SPIRAL[:-2], "--checkpoint-every", "9"]
 ASCII: dict[str, Any] = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
@@ -63,7 +63,7 @@ def test_what_only_the_end_needs_is_looked_for_before_the_start(name, monkeypatc
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == name else found(n))
     with pytest.raises(UsageError, match=rf"without {name}: pip install"):
-        _run.start_jax(distributed=False)
+        devices.start_jax(distributed=False)
 
 
 @pytest.mark.slow
@@ -96,14 +96,14 @@ def test_a_network_beyond_all_memory_is_refused_at_once(command, tmp_path):
 
 
 def test_what_is_noticed_only_by_the_allocator_is_a_sentence_too(monkeypatch):
-    from experiments import _training
+    from experiments.running import training
 
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
 
-    monkeypatch.setattr(_training, "_train", exhausted)
+    monkeypatch.setattr(training, "_waves", exhausted)
     with pytest.raises(UsageError, match="does not suffice .*allocating 123 bytes.*: take a smaller width"):
-        _training.train(*[None] * 4)  # pyright: ignore
+        training.train([None])  # pyright: ignore
 
 
 def test_the_memory_of_a_small_gpu_is_what_counts(monkeypatch):
@@ -112,9 +112,9 @@ def test_the_memory_of_a_small_gpu_is_what_counts(monkeypatch):
             return {"bytes_limit": 1e9}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
-    _waves._refuse_beyond(0.9e9)
+    memory._refuse_beyond(0.9e9)
     with pytest.raises(UsageError, match="takes 1.1 GB, and the memory has 1.0 GB"):
-        _waves._refuse_beyond(1.1e9)
+        memory._refuse_beyond(1.1e9)
 
 
 # Two at once
@@ -144,29 +144,29 @@ def test_of_two_that_start_at_the_same_moment_one_is_refused(tmp_path):
 
 
 def test_a_process_that_is_killed_holds_nothing(tmp_path):
-    held = "import sys, time; from pathlib import Path; from experiments._lock import lock"
+    held = "import sys, time; from pathlib import Path; from experiments.running.directory import lock"
     program = f"{held}; lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     wait_for(holder, "locked")
     with pytest.raises(UsageError, match="another process is at work"):
-        _lock.lock(tmp_path)
+        directory.lock(tmp_path)
     holder.kill()
     holder.communicate()
-    _lock.lock(tmp_path)
-    _lock.lock(tmp_path)  # one's own
-    _lock.unlock(tmp_path)
-    _lock.unlock(tmp_path)
+    directory.lock(tmp_path)
+    directory.lock(tmp_path)  # one's own
+    directory.unlock(tmp_path)
+    directory.unlock(tmp_path)
 
 
 def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
     def acquire(self, **_):
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(_lock.FileLock, "acquire", acquire)
-    _lock.lock(tmp_path)
-    _lock.unlock(tmp_path)
+    monkeypatch.setattr(directory.FileLock, "acquire", acquire)
+    directory.lock(tmp_path)
+    directory.unlock(tmp_path)
 
 
 # The end of a terminal
@@ -215,7 +215,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
 
 def test_a_second_hangup_is_no_impatience():
     told = []
-    with pytest.raises(KeyboardInterrupt), _signals.first_signal(told.append) as event:
+    with pytest.raises(KeyboardInterrupt), signals.first_signal(told.append) as event:
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
         assert event.is_set() and told == ["SIGHUP", "SIGHUP"]
@@ -225,7 +225,7 @@ def test_a_second_hangup_is_no_impatience():
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _signals.first_signal(lambda name: None) as event:
+        with signals.first_signal(lambda name: None) as event:
             signal.raise_signal(signal.SIGHUP)
             assert not event.is_set() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

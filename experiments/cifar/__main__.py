@@ -1,0 +1,158 @@
+"""Static against dynamical loss on CIFAR-10: `python -m experiments.cifar --seeds 8`.
+
+Trains Myrtle5 with the static loss (amplitude 1) and with every dynamical loss asked for, all on the same seeds, as one
+compiled program, and reports the paired differences.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+import xarray as xr
+
+from ..problems import images
+from ..problems.cifar import PRESETS, Preset, Problem, as_many_steps, parse_period
+from ..results.files import file_name
+from ..running.devices import announced, devices
+from ..running.errors import UsageError
+from ..running.flags import RunFlags
+from ..running.session import Session
+from ..running.terminal import console, execute, tell
+from ..running.training import train
+
+
+def _of_preset(metavar: str):
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train Myrtle5 with a static and with dynamical loss functions on the same seeds, and compare.
+
+    The paper's protocol: Nesterov momentum 0.9, no augmentation, a learning rate that rises linearly from 0 over the
+    first 3/7 of the epochs and falls linearly to a tenth, and an oscillation that stops after 6/7 of them (epochs 300,
+    700 and 600 of 700). Writes results.nc (read it with xarray), summary.md, summary.json, config.json and two figures.
+    """
+
+    seeds: int = 8
+    """Members per loss. Member s of every loss has the same initial weights and order of examples."""
+    amplitude: Annotated[tuple[float, ...] | None, _of_preset("FLOAT [FLOAT ...]")] = None
+    """One or more amplitudes A >= 1 of the dynamical loss. The static loss, A = 1, is always trained."""
+    period: Annotated[tuple[str, ...] | None, _of_preset("PERIOD [PERIOD ...]")] = None
+    """One or more periods T of one class, in optimiser steps (250), or in epochs (0.5ep)."""
+    stop_epoch: Annotated[
+        float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 6/7 of the epochs)")
+    ] = None
+    """The epoch at which the oscillation stops for good."""
+    width: Annotated[int | None, _of_preset("INT")] = None
+    """Channels of the convolutions."""
+    epochs: Annotated[int | None, _of_preset("INT")] = None
+    """Passes over the training set."""
+    batch_size: Annotated[int | None, _of_preset("INT")] = None
+    """Examples in a minibatch."""
+    learning_rate: Annotated[float | None, _of_preset("FLOAT")] = None
+    """The learning rate at its peak."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    train_examples: Annotated[int | None, _of_preset("INT")] = None
+    """Train on the first so many examples only."""
+    validation_examples: Annotated[int | None, _of_preset("INT")] = None
+    """Validate on the first so many examples only."""
+    evaluations: Annotated[int | None, _of_preset("INT")] = None
+    """How often the validation set is evaluated during training."""
+    dataset: Literal["auto", "cifar10", "digits"] = "auto"
+    """auto falls back to scikit-learn's digits, loudly, when CIFAR-10 is neither on disk nor reachable."""
+    data_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"),
+    ] = None
+    """The tensorflow-datasets directory. CIFAR-10 is prepared there if it is not yet."""
+    preset: Annotated[
+        Literal["paper", "quick"] | None,
+        tyro.conf.arg(metavar="{paper,quick}", help_behavior_hint="(default: quick on a CPU, else paper)"),
+    ] = None
+    """paper is the paper's protocol in full; quick takes about two minutes for eight seeds on two CPU cores."""
+    run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
+
+    def __post_init__(self):
+        for name in ("seeds", "width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        for name in ("amplitude", "period"):
+            if getattr(self, name) == ():
+                raise UsageError(f"--{name} takes one or more values, got none.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning-rate must be a positive number, got {self.learning_rate}.")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"--momentum must be at least 0 and below 1, got {self.momentum}.")
+        for amplitude in self.amplitude or ():
+            if not 1 <= amplitude < math.inf:
+                raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
+        for period in self.period or ():
+            parse_period(period, steps_per_epoch=1)
+        if self.stop_epoch is not None and not 0 <= self.stop_epoch < math.inf:
+            raise UsageError(f"--stop-epoch must be a finite number of epochs, 0 or more, got {self.stop_epoch}.")
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    """The command. Returns whether the training was finished."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    description = f"{Config.__doc__}\n\n" + "\n".join(_flags(name, preset) for name, preset in PRESETS.items())
+    with Session.start(Config, "cifar", arguments, description) as run:
+        config = run.config
+        on_cpu = jax.devices()[0].platform == "cpu"
+        name = config.preset or ("quick" if on_cpu else "paper")
+        given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Preset)}
+        preset = dataclasses.replace(PRESETS[name], **{k: v for k, v in given.items() if v is not None})
+
+        data = images.load(config.dataset, config.data_dir, tell=tell)
+        if config.epochs is None:
+            preset = as_many_steps(preset, data)
+        problem = Problem.of(preset, data, config.seeds, config.momentum, config.stop_epoch)
+        settings = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
+        run.open(f"cifar-{data.name}", data.name, settings | {"dataset": data.name, "preset": name})
+        reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"
+        members = len(problem.task.members)
+        console.print(
+            f"{devices()} | {members} members = {config.seeds} seeds x {members // config.seeds} losses | "
+            f"{problem.work} | preset {name} ({reason}) | {announced(problem.task.cpu_seconds)}"
+        )
+        results = problem.results(train([problem.task], **run.checkpoints))
+        if run.save(results):
+            write_outputs(results, run.directory)
+    return run.finished
+
+
+def write_outputs(results: xr.Dataset, directory: Path) -> None:
+    """Writes what is to be read and looked at, and prints the table."""
+    # Here: what only the end needs takes seconds to import.
+    from ..results import summary
+    from . import figures
+
+    path = lambda name: directory / file_name(results.attrs["dataset"], name)
+    summarised = summary.summarise(results)
+    summary.write_summary(summarised, results, directory)
+    figures.learning_curves(results, path("learning_curves.png"))
+    figures.class_weights(results, path("class_weights.png"))
+    for printed in summary.to_print(summarised):
+        console.print(printed)
+    speed = results.attrs["images_per_second"]
+    console.print(
+        (f"{speed:,.0f} images/s. " if math.isfinite(speed) else "") + f"Results, summary and figures: {directory}"
+    )
+
+
+def _flags(name: str, preset: Preset) -> str:
+    """A preset in the words of the command line."""
+    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(preset).items()}
+    flags = (f"--{k.replace('_', '-')} {'all' if v is None else v}" for k, v in values.items())
+    return f"Preset {name}: {' '.join(flags)}."
+
+
+if __name__ == "__main__":
+    execute(main)

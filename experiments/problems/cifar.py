@@ -1,0 +1,230 @@
+"""The CIFAR-10 problem: the paper's protocol, the data, the networks and the optimiser, for every command on it."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import xarray as xr
+from jaxtyping import Array, Float, UInt8
+
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import Myrtle
+from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.train import Dataset
+
+from ..results.labelled import combinations, dataset_title, unfold
+from ..running.devices import devices
+from ..running.errors import UsageError
+from ..running.members import Members
+from ..running.task import Plan, Task, chunk_length
+from .images import ImageData
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Values of the flags that are not given."""
+
+    amplitude: tuple[float, ...]
+    period: tuple[str, ...]
+    width: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    train_examples: int | None
+    validation_examples: int | None
+    evaluations: int
+
+
+PRESETS = {
+    # Ruiz-Garcia et al. 2021 (CIFAR-10). Their unit of T is not known: amplitude and period are choices of ours.
+    "paper": Preset((10.0,), ("100",), 64, 700, 512, 0.02, None, None, 700),
+    # Ours: the same protocol, scaled down to about two minutes for eight seeds on two CPU cores.
+    "quick": Preset((3.0,), ("10",), 16, 4, 64, 0.05, 8_000, 2_000, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is trained by a preset on some images: Myrtle5 with every loss and seed."""
+
+    images: ImageData
+    preset: Preset
+    steps_per_epoch: int
+    periods: list[float]  # in steps
+    task: Task
+
+    @classmethod
+    def of(
+        cls,
+        preset: Preset,
+        images: ImageData,
+        num_seeds: int,
+        momentum: float = 0.9,
+        stop_epoch: float | None = None,
+        **plan: Any,
+    ) -> "Problem":
+        """**Arguments:**
+
+        - `preset`: the protocol.
+        - `num_seeds`: members per loss. Member s of every loss has the same initial weights and order of examples.
+        - `stop_epoch`: the epoch at which the oscillation stops; by default 6/7 of them.
+        - `plan`: what the plan has besides the protocol, such as observations.
+        """
+        train_data, validation_data = datasets(images, preset)
+        steps_per_epoch = len(train_data) // preset.batch_size
+        if steps_per_epoch == 0:
+            raise UsageError(
+                f"a batch of {preset.batch_size} is larger than the training set of {len(train_data)} examples: "
+                "take a smaller batch, or more examples."
+            )
+        num_steps = preset.epochs * steps_per_epoch
+        stop = round((6 / 7 * preset.epochs if stop_epoch is None else stop_epoch) * steps_per_epoch)
+        periods = [parse_period(text, steps_per_epoch) for text in preset.period]
+        try:
+            coordinates = combinations(preset.amplitude, periods, range(num_seeds))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
+        members = Members(
+            make_model=lambda key: Myrtle(preset.width, key=key),
+            optimiser=nesterov(preset.learning_rate, momentum, num_steps),
+            losses=DynamicalLoss(OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop)),
+            coordinates=coordinates,
+        )
+        on_cpu = jax.devices()[0].platform == "cpu"
+        images_per_step = preset.batch_size * len(members)
+        evaluated = (preset.evaluations * len(validation_data) + len(train_data)) * len(members) / 3
+        per_image = cpu_seconds_per_image(preset.width)
+        chunk_target = 2 / (per_image * images_per_step) if on_cpu else steps_per_epoch
+        chunk = chunk_length(num_steps, min(chunk_target, num_steps / preset.evaluations))
+        microbatch_size = math.gcd(preset.batch_size, 8) if on_cpu else None
+        task = Task(
+            name="",
+            members=members,
+            data=train_data,
+            splits={"train": train_data, "validation": validation_data},
+            plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
+            cpu_seconds=per_image * (num_steps * images_per_step + evaluated),
+        )
+        return cls(images, preset, steps_per_epoch, periods, task)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The flags that say how much of the data set is used, with what there is."""
+        return {f"{split}_examples": len(data) for split, data in self.task.splits.items()}
+
+    @property
+    def work(self) -> str:
+        """What a member is trained on, in words."""
+        sizes = " + ".join(f"{size:,}" for size in self.sizes.values())
+        steps = f"{self.task.plan.num_steps:,} steps of {self.preset.batch_size} images"
+        return f"{steps} | {dataset_title(self.images.name)}, {sizes} images"
+
+    def results(self, measured: xr.Dataset) -> xr.Dataset:
+        """What `train` gave, with named dimensions and what it says of the run."""
+        plan = self.task.plan
+        return unfold(
+            measured,
+            *([self.task.members.class_weights(plan.num_steps)] if plan.keep_steps else []),
+            periods=self.periods,
+            classes=CLASSES if self.images.name == "cifar10" else [str(digit) for digit in range(10)],
+            dataset=self.images.name,
+            source=self.images.source,
+            device=devices(),
+            finished=measured.finished,
+            steps_done=round(measured.steps_done),
+            steps_planned=plan.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            images_per_second=measured.member_updates_per_second * self.preset.batch_size,
+        )
+
+
+def as_many_steps(preset: Preset, images: ImageData) -> Preset:
+    """A smaller data set than the preset is made for gets more epochs, and as many steps."""
+    if not preset.train_examples:
+        return preset
+    scale = max(1.0, preset.train_examples / min(preset.train_examples, len(images.train_labels)))
+    return dataclasses.replace(preset, epochs=round(scale * preset.epochs))
+
+
+class Standardise(eqx.Module):
+    """uint8 images to floats of mean 0 and standard deviation 1 in every channel."""
+
+    mean: Float[Array, " channels"]
+    std: Float[Array, " channels"]
+
+    def __call__(
+        self, images: UInt8[Array, "*batch height width channels"]
+    ) -> Float[Array, "*batch height width channels"]:
+        shape = images.shape
+        return (images.astype(self.mean.dtype) - jnp.broadcast_to(self.mean, shape)) / jnp.broadcast_to(self.std, shape)
+
+
+def parse_period(text: str, steps_per_epoch: int) -> float:
+    """A period in optimiser steps, from `"250"` (steps) or `"0.5ep"` (epochs)."""
+    match = re.fullmatch(r"([0-9.eE+-]+?)\s*(ep|epochs?)?", text.strip())
+    try:
+        number = float(match[1] if match else text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a period: give optimiser steps (250) or epochs (0.5ep).") from None
+    if not 0 < number < math.inf:
+        raise UsageError(f"a period must be a positive number of steps or epochs, got {text}.")
+    return number * steps_per_epoch if match and match[2] else number
+
+
+def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.GradientTransformation:
+    """The paper's optimiser: the rate rises from 0 to its peak at 3/7 of the steps and falls to a tenth at the end.
+
+    The peak and the momentum are injected hyperparameters, so that members may differ in them.
+    """
+    rise = round(num_steps * 3 / 7)
+    shape = optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, rise), optax.linear_schedule(1.0, 0.1, num_steps - rise)], [rise]
+    )
+
+    def make(learning_rate, momentum):
+        return optax.sgd(lambda count: learning_rate * shape(count), momentum, nesterov=True)
+
+    return optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum)
+
+
+def flops_per_image(width: int) -> float:
+    """Floating-point operations of a forward and backward pass of Myrtle on one image.
+
+    Three times the forward pass, but for the first convolution, whose input needs no gradient.
+    """
+    return 2 * 9 * (2 * 1024 * 3 * width + 3 * (1024 + 256 + 64) * width**2)
+
+
+def cpu_seconds_per_image(width: int) -> float:
+    """About how long an image takes in training on this CPU's cores; for the announced time and the length of chunks.
+
+    Fitted to widths 16 and 64 on two cores: arithmetic at 140 GFLOP/s a core, and the rest.
+    """
+    return (flops_per_image(width) / 140e9 + 2e-4) / jax.device_count()
+
+
+def datasets(images: ImageData, preset: Preset) -> tuple[Dataset, Dataset]:
+    """The training and validation sets, as uint8; their transform standardises with the training set's statistics."""
+    train, validation = slice(preset.train_examples), slice(preset.validation_examples)
+    pixels = images.train_images[train]
+    mean = pixels.mean((0, 1, 2))
+    squares = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.int64)  # exact, and no copy of the images in float64
+    std = np.sqrt(squares / pixels[..., 0].size - mean**2)
+    standardise = Standardise(jnp.asarray(mean, float), jnp.asarray(std, float))
+    return (
+        Dataset(jnp.asarray(pixels), jnp.asarray(images.train_labels[train]), standardise),
+        Dataset(
+            jnp.asarray(images.validation_images[validation]),
+            jnp.asarray(images.validation_labels[validation]),
+            standardise,
+        ),
+    )

@@ -1,0 +1,152 @@
+"""The spiral problem: the data, the networks, their losses, and what is measured of them, for every command on it."""
+
+import functools as ft
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import xarray as xr
+from jaxtyping import Array, Key
+
+from eqx_dynloss import landscape
+from eqx_dynloss.loss import BaseLoss, DynamicalLoss, softmax_cross_entropy, squared_error
+from eqx_dynloss.models import MLP
+from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.train import Dataset
+
+from ..results.labelled import combinations, unfold, with_loss_function
+from ..running.devices import devices
+from ..running.members import Members
+from ..running.task import Plan, Task, chunk_length
+
+CLASSES = ("class 0", "class 1", "class 2")
+NTK_POINTS = 50  # the kernel is that of the first 50 training points, as in the paper's figure
+Init = Literal["paper", "glorot", "none"]
+LossName = Literal["cross-entropy", "squared-sample", "squared-unit"]
+LOSSES: dict[LossName, BaseLoss] = {
+    "cross-entropy": softmax_cross_entropy,
+    "squared-sample": ft.partial(squared_error, weighting="sample"),
+    "squared-unit": ft.partial(squared_error, weighting="unit"),
+}
+
+
+def spiral(noise_seed: int) -> Dataset:
+    """Three arms of 100 points, `[300, 2]`, arm by arm. Noise seed 0 is the authors' training set.
+
+    Radii from 0 to 1, two turns, noise N(0, 0.2²) on the angle from NumPy's legacy generator. The arms share the
+    origin: at most 298 of the 300 points can be classified. The validation set is noise seed 1, a choice of ours.
+    """
+    rng = np.random.RandomState(noise_seed)
+    radius = np.linspace(0.0, 1, 100)
+    starts = [2 * np.pi * j / 3 for j in range(3)]
+    angles = [np.linspace(start, start + 4 * np.pi, 100) + 0.2 * rng.randn(100) for start in starts]
+    points = np.concatenate([np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1) for angle in angles])
+    return Dataset(jnp.asarray(points, float), jnp.repeat(jnp.arange(3), 100))
+
+
+def tasks(
+    networks: Mapping[str, tuple[Init, int]],
+    *,
+    amplitudes: Sequence[float],
+    periods: Sequence[float],
+    num_seeds: int,
+    learning_rates: Sequence[float],
+    loss: LossName,
+    updates: int,
+    evaluations: int,
+    **plan: Any,
+) -> list[Task]:
+    """A task for each network, by name, of an initialisation and a width: every learning rate with every loss and seed.
+
+    The oscillation stops after the last whole period of T + 1 updates. The paper's figure does so; for other periods
+    it is our rule. Where not one period fits, it does not stop. `plan` is what the plan has besides, such as
+    observations. Chunks take some two seconds, and are of the same length for all networks, or they would be evaluated
+    at different updates.
+    """
+    every = plan.get("observe_every")
+    everything = {
+        name: combinations(
+            amplitudes, periods, range(num_seeds), init=[init], width=[width], learning_rate=learning_rates
+        )
+        for name, (init, width) in networks.items()
+    }
+    seconds = {name: cpu_seconds_per_update(width, every) * len(everything[name]["seed"])
+               for name, (_, width) in networks.items()}  # fmt: skip
+    unit = every or 1
+    chunk = unit * chunk_length(updates // unit, min(2 / max(seconds.values()), updates / evaluations) / unit)
+    found = []
+    for name, (init, width) in networks.items():
+        coordinates = everything[name]
+        turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
+        whole = updates // (turns + 1) * (turns + 1)
+        stop = np.where(whole > 0, whole, np.inf)
+        schedules = OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop, inclusive_period=True)
+        members = Members(
+            make_model=ft.partial(network, init, width),
+            optimiser=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),
+            losses=DynamicalLoss(schedules, LOSSES[loss]),
+            coordinates=coordinates,
+            hyperparams=("learning_rate",),
+        )
+        data = {"train": spiral(0), "validation": spiral(1)}
+        plan_ = Plan(updates, chunk, evaluations, **plan)
+        found.append(Task(name, members, data["train"], data, plan_, seconds[name] * updates))
+    return found
+
+
+def network(init: Init, width: int, key: Key[Array, ""]) -> MLP:
+    """The paper's network: one hidden layer."""
+    weights: Literal["paper", "glorot"] = "glorot" if init == "glorot" else "paper"
+    return MLP(2, width, 3, init=weights, use_bias=init != "none", key=key)
+
+
+def curvature(state, loss, data) -> dict[str, jax.Array]:
+    """Extreme eigenvalues at the state: of the Hessian of the loss with the step's class weights, on all data, and of
+    the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper for the Hessian."""
+
+    def objective(model):
+        return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
+
+    hessian_key, ntk_key = jr.split(jr.fold_in(state.key, state.step))
+    hessian = landscape.hessian_spectrum(objective, state.model, order=10, key=hessian_key)
+    ntk = landscape.ntk_spectrum(state.model, data.inputs[:NTK_POINTS], order=10, key=ntk_key)
+    return {
+        "hessian_max": hessian.eigenvalues[-1],
+        "hessian_max_error": hessian.errors[-1],
+        "hessian_min": hessian.eigenvalues[0],
+        "hessian_min_error": hessian.errors[0],
+        "ntk_max": ntk.eigenvalues[-1],
+        "ntk_max_error": ntk.errors[-1],
+    }
+
+
+def results(tasks: Sequence[Task], measured: xr.Dataset, periods: Sequence[float], loss: LossName) -> xr.Dataset:
+    """What `train` gave for some tasks, with named dimensions and what it says of the run."""
+    planned = [task.plan.num_steps for task in tasks]
+    weights = [task.members.class_weights(task.plan.num_steps) for task in tasks if task.plan.keep_steps]
+    unfolded = unfold(
+        measured,
+        *([xr.concat(weights, "member")] if weights else []),
+        periods=periods,
+        classes=CLASSES,
+        dataset="spiral",
+        finished=measured.finished,
+        device=devices(),
+        steps_done=round(measured.steps_done),
+        steps_planned=sum(planned),
+        member_updates_per_second=measured.member_updates_per_second,
+    )
+    return with_loss_function(unfolded, loss)
+
+
+def cpu_seconds_per_update(width: int, observe_every: int | None) -> float:
+    """About how long an update of a member takes on this CPU's cores; for the announced time and the length of chunks.
+
+    Fitted to widths 10 to 1000 on one core. An observation costs as much as some twenty updates.
+    """
+    update = 1.3e-5 + 1e-6 * width
+    return update * (1 + (20 / observe_every if observe_every else 0)) / jax.device_count()

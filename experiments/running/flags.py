@@ -1,0 +1,89 @@
+"""The command line: the flags that all commands have, and those of a run that is resumed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from ..results.files import STAND_INS, file_name
+from .directory import refuse_used
+from .errors import UsageError
+
+_Config = TypeVar("_Config")
+_FREE = ("run", "data_dir", "show_seed")  # may differ when a run is resumed
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """Where the results go, and how a long run survives."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: results/NAME-TIME)")] = None
+    """A new or empty directory for the results."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a new run)")] = None
+    """The directory of an interrupted run, to go on with. Needs no other flags but --distributed: they are in its
+    config.json."""
+    checkpoint_every: float = 5.0
+    """Minutes from one checkpoint to the next."""
+    distributed: bool = False
+    """Train on several hosts together, each of which runs this command under a scheduler that JAX knows."""
+
+
+def parse(config: type[_Config], arguments: list[str], command: str, description: str | None = None) -> _Config:
+    """The command line as a config. With `--resume DIR` the config of that run, which no other flag may change."""
+    prog, description = f"python -m experiments.{command}", description or config.__doc__
+    parsed: Any = tyro.cli(config, args=arguments, prog=prog, description=description)
+    run: RunFlags = parsed.run
+    if math.isnan(run.checkpoint_every) or run.checkpoint_every < 0:
+        raise UsageError(f"--checkpoint-every takes a number of minutes, 0 or more, got {run.checkpoint_every}.")
+    if run.resume is None:
+        if not run.distributed:  # several hosts find out together: see `Session.open`
+            refuse_used(run.out)
+        return parsed
+    if run.out not in (None, run.resume):
+        raise UsageError(f"a run that is resumed goes on in its own directory, {run.resume}: leave --out out.")
+    stored = _stored(config, run.resume)
+    resumed: Any = tyro.cli(config, args=arguments, prog=prog, description=description, default=stored)
+    names = [field.name for field in dataclasses.fields(resumed) if field.name not in _FREE]
+    differences = [
+        f"--{name.replace('_', '-')} {words(getattr(stored, name))}, not {words(getattr(resumed, name))}"
+        for name in names
+        if getattr(stored, name) != getattr(resumed, name)
+    ]
+    if differences:
+        raise UsageError(
+            f"the run in {run.resume} was started with {'; '.join(differences)}: leave that out to resume it, or "
+            "start another run."
+        )
+    return resumed
+
+
+def _stored(config: type[_Config], directory: Path) -> _Config:
+    """The config that a run was started with, from its `config.json`."""
+    paths = [directory / file_name(name, "config.json") for name in ("", *STAND_INS)]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        raise UsageError(f"{directory} holds no run that could be resumed: there is no config.json in it.")
+    try:
+        values = json.loads(found[0].read_text(encoding="utf-8"))
+        hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+        # JSON knows neither tuples nor paths.
+        fields = {
+            name: tuple(value) if isinstance(value, list) else Path(value) if value and "Path" in hint else value
+            for name, hint in hints.items()
+            for value in [values[name]]
+            if name != "run"
+        }
+        run = RunFlags(resume=directory, checkpoint_every=values["run"]["checkpoint_every"])
+        return config(**fields | {"run": run})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."
+        ) from error
+
+
+def words(value: Any) -> str:
+    """A value of a flag as it is typed."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,58 @@
+"""The members of an ensemble, who carry their coordinates: nothing depends on the order that they are in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import xarray as xr
+
+from eqx_dynloss import ensemble
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.train import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What all members of an ensemble have in common, and what each has of its own.
+
+    The `coordinates`, `[members]` by name, are those of `results.labelled.combinations`: `seed`, `amplitude`, `period`
+    and whatever else is varied. Those named in `hyperparams` are handed to the optimiser, which has to inject them.
+    """
+
+    make_model: Callable[[Any], Any]
+    optimiser: optax.GradientTransformation
+    losses: DynamicalLoss  # with a leading axis of members
+    coordinates: Mapping[str, np.ndarray]
+    hyperparams: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.coordinates["seed"])
+
+    def take(self, indices: np.ndarray) -> "Members":
+        """Those members, in that order; one may be taken several times."""
+        pick = lambda leaf: leaf[indices] if eqx.is_array(leaf) else leaf
+        coordinates = {name: values[indices] for name, values in self.coordinates.items()}
+        return dataclasses.replace(self, losses=jax.tree.map(pick, self.losses), coordinates=coordinates)
+
+    def init(self) -> TrainState:
+        """Their states before the first update. Equal seeds have equal weights and see examples in the same order."""
+        keys = jax.vmap(lambda seed: jr.fold_in(jr.key(0), seed))(jnp.asarray(self.coordinates["seed"]))
+        values = {name: jnp.asarray(self.coordinates[name]) for name in self.hyperparams}
+        return ensemble.init(self.make_model, self.optimiser, keys, values)
+
+    def class_weights(self, num_steps: int) -> xr.Dataset:
+        """The class weights of every update, which do not depend on the seed: of the members with the first one."""
+        seeds = self.coordinates["seed"]
+        first = self.take(np.flatnonzero(seeds == seeds[0]))
+        weights = jax.vmap(lambda schedule: jax.vmap(schedule)(jnp.arange(num_steps)))(first.losses.schedule)
+        return xr.Dataset(
+            {"class_weights": (("member", "step", "class"), np.asarray(weights))},
+            {name: ("member", values) for name, values in first.coordinates.items() if name != "seed"}
+            | {"step": np.arange(num_steps)},
+        )

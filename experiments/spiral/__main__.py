@@ -1,0 +1,154 @@
+"""The paper's spiral, every seed at once: `python -m experiments.spiral --seeds 10`.
+
+Trains a small network with the static loss and with every dynamical loss asked for, on the same seeds, and follows the
+Hessian and the neural tangent kernel: the paper's Figure 4 with error bars.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+import xarray as xr
+
+from ..problems import spiral
+from ..problems.spiral import Init, LossName
+from ..results.labelled import by_setting
+from ..running.devices import announced, devices
+from ..running.errors import UsageError
+from ..running.flags import RunFlags, words
+from ..running.session import Session
+from ..running.task import Task
+from ..running.terminal import console, execute
+from ..running.training import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a network on the spiral with a static and with dynamical loss functions on the same seeds, and compare.
+
+    The protocol of the paper's Figure 4: three arms of 100 points, one hidden layer of 100 ReLU units, full-batch
+    gradient descent at rate 1 in float64, 70,000 updates, A = 70, T = 5000, the oscillation stopping after the last
+    whole period (for other periods that is a rule of ours). Periods are counted as in the authors' code, T + 1 updates
+    each. Writes results.nc (read it with xarray), summary.md, summary.json, config.json and figures. Flags that take
+    several values train all combinations.
+    """
+
+    seeds: int = 10
+    """Members per loss. Member s of every loss has the same initial weights. The data are the same for all."""
+    amplitude: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (70.0,)
+    """One or more amplitudes A >= 1 of the dynamical loss. The static loss, A = 1, is always trained."""
+    period: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (5000.0,)
+    """One or more periods T of one class, in updates."""
+    init: Annotated[tuple[Init, ...], tyro.conf.arg(metavar="{paper,glorot,none} [...]")] = ("paper",)
+    """paper: weights N(0, 1/fan_in), biases from 0. glorot: truncated Glorot-normal weights, biases N(0, 0.01^2). none:
+    the paper's weights without any biases, with which the network cannot learn the spiral."""
+    width: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (100,)
+    """Units in the hidden layer."""
+    learning_rate: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (1.0,)
+    """The constant learning rate."""
+    loss: LossName = "cross-entropy"
+    """What is weighted: the paper's cross-entropy, or a squared error whose weights belong to the examples
+    (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours, and at rate 1
+    they are at the edge of what is stable: take 0.3 or less."""
+    updates: int = 70_000
+    """How many updates to make."""
+    curvature: int = 25
+    """Follow the Hessian and the neural tangent kernel every so many updates, a divisor of all; 0 for not at all."""
+    show_seed: int = 0
+    """The seed whose trajectory is drawn in full."""
+    run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
+
+    def __post_init__(self):
+        for name in ("seeds", "updates"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("amplitude", "period", "init", "width", "learning_rate"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} takes one or more different values, got {words(values)}.")
+        for amplitude in self.amplitude:
+            if not 1 <= amplitude < math.inf:
+                raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
+        for name in ("period", "learning_rate"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value:g}.")
+        if min(self.period) < 2:
+            raise UsageError(
+                f"--period must be at least 2 updates, shorter ones have no peak, got {min(self.period):g}."
+            )
+        if min(self.width) < 1:
+            raise UsageError(f"--width must be at least 1, got {min(self.width)}.")
+        if self.curvature < 0 or (self.curvature and self.updates % self.curvature):
+            raise UsageError(
+                f"--curvature must be a divisor of the {self.updates} updates, or 0, got {self.curvature}."
+            )
+        if not 0 <= self.show_seed < self.seeds:
+            raise UsageError(f"--show-seed must be one of the {self.seeds} seeds, 0 or more, got {self.show_seed}.")
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    """The command. Returns whether the training was finished."""
+    with Session.start(Config, "spiral", sys.argv[1:] if arguments is None else arguments) as run:
+        config = run.config
+        run.open("spiral", "spiral", dataclasses.asdict(config))
+        with jax.enable_x64(True):
+            tasks = tasks_of(config)
+            members, settings = sum(len(task.members) for task in tasks), len(tasks) * len(config.learning_rate)
+            losses = members // config.seeds // settings
+            console.print(
+                f"{devices()} | {members} members = {config.seeds} seeds x {losses} losses x {settings} settings | "
+                f"{config.updates:,} updates | the spiral, 300 + 300 points | float64 | "
+                f"{announced(sum(task.cpu_seconds for task in tasks))}"
+            )
+            results = spiral.results(tasks, train(tasks, **run.checkpoints), config.period, config.loss)
+        if run.save(results):
+            write_outputs(results, run.directory, config.show_seed)
+    return run.finished
+
+
+def tasks_of(config: Config) -> list[Task]:
+    """What is trained: a program for each initialisation and width."""
+    return spiral.tasks(
+        {f"{init}-{width}": (init, width) for init in config.init for width in config.width},
+        amplitudes=config.amplitude,
+        periods=config.period,
+        num_seeds=config.seeds,
+        learning_rates=config.learning_rate,
+        loss=config.loss,
+        updates=config.updates,
+        evaluations=min(config.updates, 70),
+        observe=spiral.curvature if config.curvature else None,
+        observe_every=config.curvature or None,
+    )
+
+
+def write_outputs(results: xr.Dataset, directory: Path, show_seed: int) -> None:
+    """Writes what is to be read and looked at, and prints the table."""
+    # Here: what only the end needs takes seconds to import.
+    from ..results import summary
+    from . import bifurcation, dynamics, static
+
+    summarised = summary.summarise(results)
+    more = bifurcation.markdown(results) if "hessian_max" in results else ()
+    summary.write_summary(summarised, results, directory, more)
+    figures = dynamics.write(results, directory, show_seed)
+    if len(list(by_setting(results))) > 1:
+        figures.append(directory / "static_curves.png")
+        static.static_curves(results, figures[-1])
+    for printed in summary.to_print(summarised):
+        console.print(printed)
+    speed = results.attrs["member_updates_per_second"]
+    console.print(
+        (f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else "")
+        + f"Results, summary and {len(figures)} figures: {directory}"
+    )
+
+
+if __name__ == "__main__":
+    execute(main)

@@ -1,0 +1,188 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from experiments.results.files import file_name
+from experiments.results.summary import Estimate, console_table, summarise, write_summary
+
+from ..synthetic import results
+
+
+def outputs(dataset, directory) -> dict[str, str]:
+    """Everything a user can read about a dataset."""
+    summary = summarise(dataset)
+    write_summary(summary, dataset, directory)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(console_table(summary))
+    return {
+        "markdown": (directory / file_name(dataset.attrs["dataset"], "summary.md")).read_text(encoding="utf-8"),
+        "json": (directory / file_name(dataset.attrs["dataset"], "summary.json")).read_text(encoding="utf-8"),
+        "console": " ".join(console.export_text().split()),  # undoes the wrapping of lines
+    }
+
+
+def with_accuracy(static: list[float], dynamical: list[float], **options):
+    """A run with these validation accuracies at the end."""
+    dataset = results(seeds=len(static), **options)
+    dataset.accuracy[0, :, :, 1, -1] = static
+    dataset.accuracy[1, 0, :, 1, -1] = dynamical
+    return dataset
+
+
+def test_an_estimate_by_hand():
+    e = Estimate.of({0: 1.0, 1: 2.0, 2: 6.0})
+    assert (e.n, e.mean, e.std) == (3, 3.0, pytest.approx(7**0.5))  # deviations 4 + 1 + 9, over 3 - 1
+    half = 4.302653 * (7 / 3) ** 0.5  # Student's t for 2 degrees of freedom
+    assert (e.low, e.high) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
+
+
+def test_members_at_chance_are_named_and_stay_in_the_means(tmp_path):
+    dataset = results(seeds=4)
+    dataset.accuracy[1, 0, [1, 3], :, -1] = np.array([[0.11, 0.09], [0.1, 0.124]])
+    dataset.accuracy[0, 0, 2, :, -1] = [0.6, 0.11]  # overfitted, but not guessing
+    static, dynamical = summarise(dataset).conditions
+    assert static.at_chance == [] and dynamical.at_chance == [1, 3]
+    assert dynamical.used == 4 and dynamical.outcomes["validation"]["accuracy"].n == 4
+    for text in outputs(dataset, tmp_path).values():
+        assert "AT CHANCE (accuracies of guessing at the last evaluation): 2 of 8 members." in text
+        assert "A = 10, T = 50: seed 1, 3" in text
+    assert not any("AT CHANCE" in notice for notice in summarise(results(seeds=4)).notices)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_differences_agree_with_a_paired_t_test(metric, split):
+    dataset = results(seeds=8, amplitudes=(10, 70), periods=(20.0, 50.0))
+    values = dataset[metric].values[..., split, -1]
+    _, *dynamical = summarise(dataset).conditions
+    assert [(c.amplitude, c.period) for c in dynamical] == [(10, 20), (10, 50), (70, 20), (70, 50)]
+    for c, sample in zip(dynamical, values[1:].reshape(4, 8), strict=True):
+        e = c.differences[["train", "validation"][split]][metric]
+        oracle = stats.ttest_rel(sample, values[0, 0]).confidence_interval(0.95)
+        assert (e.low, e.high) == (pytest.approx(oracle.low), pytest.approx(oracle.high))
+        assert e.mean == pytest.approx((sample - values[0, 0]).mean())
+        outcome = c.outcomes[["train", "validation"][split]][metric]
+        assert (outcome.mean, outcome.std) == (pytest.approx(sample.mean()), pytest.approx(sample.std(ddof=1)))
+
+
+@pytest.mark.parametrize(
+    "dynamical, verdict",
+    [
+        ([0.55, 0.66, 0.76], ": higher with the dynamical loss"),
+        ([0.45, 0.54, 0.64], ": lower with the dynamical loss"),
+        ([0.55, 0.56, 0.70], ": no difference established"),
+        ([0.60, 0.70, 0.80], ": all seeds differ by the same amount, too few distinct values"),
+    ],
+)
+def test_the_evidence_says_what_the_interval_says(dynamical, verdict):
+    evidence = summarise(with_accuracy([0.5, 0.6, 0.7], dynamical)).conditions[1].evidence
+    assert evidence is not None and verdict in evidence and "3 seeds" in evidence
+
+
+def test_the_evidence_in_full():
+    evidence = summarise(with_accuracy([0.5, 0.6], [0.51, 0.6])).conditions[1].evidence
+    assert evidence == (
+        "Validation accuracy, A = 10, T = 50: dynamical − static = +0.50 points (95 % CI −5.85 to 6.85, 2 seeds): "
+        "no difference established."
+    )
+
+
+def test_diverged_members_are_left_out_of_both_sides_of_a_difference_and_reported(tmp_path):
+    dataset = results(seeds=4, diverged={1: 100, 6: 200})  # static seed 1, dynamical seed 2
+    static, dynamical = summarise(dataset).conditions
+    assert (static.diverged, dynamical.diverged) == ([1], [2])
+    assert list(static.outcomes["validation"]["accuracy"].values) == [0, 2, 3]
+    assert list(dynamical.differences["validation"]["loss"].values) == [0, 3]
+    for text in outputs(dataset, tmp_path).values():
+        assert "DIVERGED (became non-finite): 2 of 8 members" in text
+
+
+def test_a_frozen_member_whose_evaluations_stay_finite_is_left_out():
+    dataset = results(seeds=3)
+    dataset.diverged_at[1, 0, 2] = 7
+    assert summarise(dataset).conditions[1].outcomes["train"]["loss"].n == 2
+
+
+def test_a_member_that_is_not_finite_counts_as_diverged_even_if_not_flagged():
+    dataset = results(seeds=3)
+    dataset.loss[1, 0, 2, 1, -1] = np.inf
+    assert summarise(dataset).conditions[1].diverged == [2]
+
+
+def test_members_that_an_interrupted_run_never_came_to_are_not_called_diverged(tmp_path):
+    dataset = results(seeds=3, finished=False)
+    dataset.accuracy.loc[{"amplitude": 10, "seed": 2}] = dataset.loss.loc[{"amplitude": 10, "seed": 2}] = np.nan
+    static, dynamical = summarise(dataset).conditions
+    assert (static.missing, dynamical.missing, dynamical.diverged) == (0, 1, [])
+    assert (static.used, dynamical.used) == (3, 2)
+    assert list(dynamical.differences["validation"]["accuracy"].values) == [0, 1]
+    for text in outputs(dataset, tmp_path).values():
+        assert "NOT REACHED: 1 of 6 members" in text and "DIVERGED" not in text
+
+
+def test_when_every_member_diverged_there_is_nothing_to_compare(tmp_path):
+    dataset = results(seeds=2, diverged={2: 10, 3: 10})
+    evidence = summarise(dataset).conditions[1].evidence
+    assert evidence is not None and "nothing to compare" in evidence
+    assert "| 10 | 50 | 0/2 | 2 | – |" in outputs(dataset, tmp_path)["markdown"]
+
+
+def test_one_seed_has_a_mean_but_no_spread(tmp_path):
+    dataset = results(seeds=1)
+    texts = outputs(dataset, tmp_path)
+    assert "± –" in texts["markdown"] and "nan" not in texts["markdown"]
+    assert "(1 seed): one seed has no interval, so no difference is established" in texts["markdown"]
+    difference = json.loads(texts["json"])["conditions"][1]["differences"]["validation"]["accuracy"]
+    assert difference["n"] == 1 and difference["std"] is None and difference["low"] is None
+
+
+def test_the_last_evaluation_of_each_split_counts():
+    dataset = results(evaluations=4, steps=400)
+    dataset.accuracy[..., 0, :] = np.nan
+    summary = summarise(dataset)
+    assert summary.evaluated_at == {"train": None, "validation": 400}
+    assert "train" not in summary.conditions[0].outcomes
+
+
+@pytest.mark.parametrize("evaluations", [2, 0])
+def test_an_interrupted_run_says_so(tmp_path, evaluations):
+    dataset = results(evaluations=evaluations, finished=False, steps_done=1300, steps_planned=4000)
+    for text in outputs(dataset, tmp_path).values():
+        assert "INTERRUPTED after 1,300 of 4,000 updates" in text
+
+
+def test_digits_are_never_mistaken_for_cifar10(tmp_path):
+    for text in outputs(results(dataset="digits"), tmp_path).values():
+        assert "stand-in, not CIFAR-10" in text and "NOT CIFAR-10" in text
+    for text in outputs(results(), tmp_path).values():
+        assert "CIFAR-10" in text and "stand-in" not in text
+
+
+def test_json_is_strict_and_complete(tmp_path):
+    dataset = results(diverged={4: 10}, command="python -m x", device="cpu", jax="0.1", weird=np.float32("nan"))
+
+    def reject(token):
+        raise AssertionError(token)
+
+    text = outputs(dataset, tmp_path)["json"]
+    document = json.loads(text, parse_constant=reject)
+    assert document["attributes"]["command"] == "python -m x" and document["attributes"]["weird"] is None
+    assert document["conditions"][1]["evidence"] and document["conditions"][0]["evidence"] is None
+
+
+def test_markdown_says_how_it_was_made_and_warns_of_many_comparisons(tmp_path):
+    dataset = results(amplitudes=(10, 70), command="python -m x", device="cpu", jax="0.1", git_commit="abc")
+    text = outputs(dataset, tmp_path)["markdown"]
+    for line in ("command: `python -m x`", "device: `cpu`", "jax: `0.1`", "git commit: `abc`"):
+        assert f"- {line}\n" in text
+    assert "not corrected for multiple comparisons: of 2 conditions" in text
+    assert "multiple comparisons" not in outputs(results(), tmp_path)["markdown"]
+
+
+def test_the_static_loss_must_come_first():
+    with pytest.raises(ValueError, match="static"):
+        summarise(results().isel(amplitude=[1, 0]))
