@@ -6,6 +6,7 @@ the rest is shared. A chunk of training maps over blocks of members, runs the me
 run is that of `eqx_dynloss.train` alone.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -114,20 +115,9 @@ def train_chunk(
     **Returns:** the new states; the metrics of every update, `[members, num_steps]`; what was observed, every array
     with leading axes `[members, num_steps / observe_every]`; and for every evaluation its metrics, `[members]`.
     """
-    shared = _shared(
-        states,
-        losses,
-        optimiser,
-        data,
-        evaluations,
-        block_size,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        microbatch_size=microbatch_size,
-        observe=observe,
-        observe_every=observe_every,
-    )
-    return _train_chunk(shared, states)
+    options = {"num_steps": num_steps, "batch_size": batch_size, "microbatch_size": microbatch_size}
+    options |= {"observe": observe, "observe_every": observe_every}
+    return _run_chunk(_Chunk.of(states, losses, optimiser, data, evaluations, block_size, options), states)
 
 
 def peak_memory(
@@ -144,9 +134,8 @@ def peak_memory(
 
     Compiles the program, and does not run it.
     """
-    shared = _shared(states, losses, optimiser, data, evaluations, block_size, **options)
-    program: Any = _train_chunk
-    return program.lower(shared, states).compile().compiled.memory_analysis().peak_memory_in_bytes
+    chunk, program = _Chunk.of(states, losses, optimiser, data, evaluations, block_size, options), _run_chunk
+    return program.lower(chunk, states).compile().compiled.memory_analysis().peak_memory_in_bytes  # type: ignore
 
 
 def observe(
@@ -163,7 +152,7 @@ def observe(
     leading member axis; NaN for members that have diverged.
     """
     losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
-    return _observe(states, losses, data, function, _block_size(states, block_size), _mesh(states))
+    return _observe(states, losses, data, function, _mesh(states), _block_size(states, block_size))
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -216,51 +205,59 @@ def _block_size(states: TrainState, given: int | None) -> int:
     return size
 
 
-def _shared(states, losses, optimiser, data, evaluations, block_size, **options):
-    """What `_train_chunk` takes besides the states."""
-    for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
-        if leaf.ndim == 0 or len(leaf) != len(states.step):
-            raise ValueError(
-                f"every array in losses must have a leading axis of {len(states.step)} members, got shape {leaf.shape}."
-            )
-    evaluations = evaluations or {}
-    sets = {name: evaluated for name, (evaluated, _) in evaluations.items()}
-    flags = {name: np.asarray(flag) for name, (_, flag) in evaluations.items()}
-    losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
-    train_member = jax.tree_util.Partial(train.train_chunk, optimiser=optimiser, **options)
-    return losses, data, sets, flags, train_member, _block_size(states, block_size), _mesh(states)
+class _Chunk(eqx.Module):
+    """A chunk of training: all that it depends on besides the states, and where they are."""
+
+    losses: DynamicalLoss | None  # of the members, who share the rest
+    data: Dataset
+    train: Callable[..., tuple[TrainState, Metrics, PyTree]]  # of one member
+    sets: dict[str, Dataset]  # to evaluate on
+    due: Mapping[str, Bool[ArrayLike, ""]]  # whether to
+    block_size: int = eqx.field(static=True)
+    mesh: Mesh = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, states, losses, optimiser, data, evaluations, block_size, options) -> "_Chunk":
+        for leaf in jax.tree.leaves(eqx.filter(losses, eqx.is_array)):
+            if leaf.ndim == 0 or len(leaf) != len(states.step):
+                raise ValueError(
+                    f"every array in losses must have a leading axis of {len(states.step)} members, "
+                    f"got shape {leaf.shape}."
+                )
+        sets = {name: evaluated for name, (evaluated, _) in (evaluations or {}).items()}
+        due = {name: np.asarray(flag) for name, (_, flag) in (evaluations or {}).items()}
+        losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
+        train_member = jax.tree_util.Partial(train.train_chunk, optimiser=optimiser, **options)
+        return cls(losses, data, train_member, sets, due, _block_size(states, block_size), _mesh(states))
+
+    def member(self, state: TrainState, loss: DynamicalLoss):
+        state, metrics, observed = self.train(state, loss, data=self.data)
+        evaluated = {name: self._evaluate(name, state.model, loss.base) for name in self.sets}
+        return state, metrics, observed, evaluated
+
+    def _evaluate(self, name: str, model: PyTree, base: BaseLoss) -> Metrics:
+        evaluate = ft.partial(train.evaluate, model, self.sets[name], base=base)
+        nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(evaluate))
+        return lax.cond(self.due[name], evaluate, lambda: nothing)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _run_chunk(chunk, states):
+    shared = dataclasses.replace(chunk, losses=None)
+    return _over_members(_Chunk.member, chunk.mesh, chunk.block_size)((shared,), (states, chunk.losses))
 
 
 @eqx.filter_jit
 def _init(make_model, optimiser, keys, values):
     # One after another, so that a member does not depend on how many others there are.
-    return _map_members(lambda key, value: train.init(make_model, optimiser, key, value), 1)(keys, values)
+    member = lambda key, value: train.init(make_model, optimiser, key, value)
+    return _on_arrays(lambda on_arrays: _in_blocks(on_arrays, 1), member)((), (keys, values))
 
 
 @eqx.filter_jit
-def _observe(states, losses, data, function, block_size, mesh):
-    def on_device(states, losses, data):
-        member = lambda state, loss: train.observation(state, loss, data, function)
-        return _map_members(member, block_size)(states, losses)
-
-    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P()))(states, losses, data)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _train_chunk(shared, states):
-    losses, data, sets, flags, train_member, block_size, mesh = shared
-
-    def on_device(states, losses, data, sets, flags, train_member):
-        def member(state, loss):
-            state, metrics, observed = train_member(state, loss, data=data)
-            results = {name: _evaluate_if(flags[name], state.model, sets[name], loss.base) for name in sets}
-            return state, metrics, observed, results
-
-        return _map_members(member, block_size)(states, losses)
-
-    return _shard_members(on_device, mesh, (P(_AXIS), P(_AXIS), P(), P(), P(), P()))(
-        states, losses, data, sets, flags, train_member
-    )
+def _observe(states, losses, data, function, mesh, block_size):
+    member = lambda data, state, loss: train.observation(state, loss, data, function)
+    return _over_members(member, mesh, block_size)((data,), (states, losses))
 
 
 def _mesh(states: TrainState) -> Mesh:
@@ -270,43 +267,34 @@ def _mesh(states: TrainState) -> Mesh:
     return sharding.mesh
 
 
-def _evaluate_if(flag: Bool[Array, ""], model: PyTree, data: Dataset, base: BaseLoss) -> Metrics:
-    evaluate = ft.partial(train.evaluate, model, data, base=base)
-    nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(evaluate))
-    return lax.cond(flag, evaluate, lambda: nothing)
+def _over_members(function, mesh: Mesh, block_size: int):
+    """Calls `function(*shared, *own)` for every member, where `own` has a leading axis of members, on the device that
+    it is on: there is nothing to communicate."""
+    specs: Any = {"in_specs": (P(), P(_AXIS)), "out_specs": P(_AXIS), "check_vma": False}
+    return _on_arrays(lambda on_arrays: jax.shard_map(_in_blocks(on_arrays, block_size), mesh=mesh, **specs), function)
 
 
-def _map_members(function, block_size: int):
-    """Maps a function of PyTrees over the leading axis of their arrays, `block_size` at a time."""
+def _in_blocks(on_arrays, block_size: int):
+    """Maps a function of arrays over the leading axis of `own`, `block_size` at a time."""
 
-    def transform(on_arrays):
-        def mapped(*arrays):
-            size = min(block_size, len(jax.tree.leaves(arrays)[0]))
-            return lax.map(lambda xs: on_arrays(*xs), arrays, batch_size=size if size > 1 else None)
+    def mapped(shared, own):
+        size = min(block_size, len(jax.tree.leaves(own)[0]))
+        return lax.map(lambda one: on_arrays(shared, one), own, batch_size=size if size > 1 else None)
 
-        return mapped
-
-    return _on_arrays(transform, function)
-
-
-def _shard_members(function, mesh: Mesh, in_specs):
-    """Runs a function of PyTrees on every device with its own members; there is nothing to communicate."""
-    return _on_arrays(
-        lambda on_arrays: jax.shard_map(on_arrays, mesh=mesh, in_specs=in_specs, out_specs=P(_AXIS), check_vma=False),
-        function,
-    )
+    return mapped
 
 
 def _on_arrays(transform, function):
     """Applies a transformation of functions of arrays to a function of PyTrees that also hold other things."""
 
-    def filtered(*trees):
-        arrays, static = eqx.partition(trees, eqx.is_array)
+    def filtered(shared, own):
+        arrays, static = eqx.partition((shared, own), eqx.is_array)
         rest: Any = None
 
         def on_arrays(*arrays):
             nonlocal rest
-            out, rest = eqx.partition(function(*eqx.combine(arrays, static)), eqx.is_array)
+            shared, own = eqx.combine(arrays, static)
+            out, rest = eqx.partition(function(*shared, *own), eqx.is_array)
             return out
 
         return eqx.combine(transform(on_arrays)(*arrays), rest)

@@ -233,8 +233,9 @@ losses = DynamicalLoss(OscillatingWeights(3, np.linspace(1, 9, 6), np.full(6, 5.
 data = train.Dataset(jr.normal(jr.key(1), (24, 8, 8, 3)), jnp.arange(24) % 3)
 states = ensemble.init(lambda key: Myrtle(4, num_classes=3, key=key), optimiser, jr.split(jr.key(0), 6))
 data = ensemble.replicate(data, states)
-shared = ensemble._shared(states, losses, optimiser, data, {"train": (data, True)}, None, num_steps=5, batch_size=8)
-program = ensemble._train_chunk.lower(shared, states).compile().compiled.as_text()
+options = {"num_steps": 5, "batch_size": 8}
+chunk = ensemble._Chunk.of(states, losses, optimiser, data, {"train": (data, True)}, None, options)
+program = ensemble._run_chunk.lower(chunk, states).compile().compiled.as_text()
 words = ["all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"]
 assert "fusion" in program and not [word for word in words if word in program]  # nothing is communicated
 states, metrics, _, evaluated = ensemble.train_chunk(
