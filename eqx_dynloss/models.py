@@ -7,14 +7,17 @@ import jax
 import jax.nn.initializers as jinit
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .convolution import conv3x3
+from .linear import hidden_layer, last_layer
 
 
 class MLP(eqx.Module):
-    """A fully connected ReLU network: the paper's for the spiral with 2 inputs, width 100 and 3 outputs."""
+    """A fully connected ReLU network: the paper's for the spiral with 2 inputs, width 100 and 3 outputs.
+
+    With up to four inputs, an infinite one makes every output NaN (see `eqx_dynloss.linear`).
+    """
 
     layers: tuple[eqx.nn.Linear, ...]
 
@@ -48,27 +51,8 @@ class MLP(eqx.Module):
     def __call__(self, x: Float[Array, " in_size"]) -> Float[Array, " out_size"]:
         *hidden, last = self.layers
         for layer in hidden:
-            x = jax.nn.relu(_thin(layer, x) if len(x) <= 4 else layer(x))
-        # Without the barrier XLA:CPU folds the transposition of a batch of outputs into the products of the gradient,
-        # which it then does slowly.
-        product = lax.optimization_barrier(last.weight @ x)
-        return product if last.bias is None else product + last.bias
-
-
-def _thin(layer: eqx.nn.Linear, x):
-    """`layer(x)` for few inputs, in a form whose gradient XLA:CPU is fast at when there is a batch of examples.
-
-    The bias is the weight of one more input: as the gradient of a `+` it would be a sum over the examples, which is
-    slow. The product with the identity brings the examples to the last axis, `[inputs, examples]`, in which the
-    gradient of the weights is a plain product of two matrices; barriers keep XLA from folding transpositions into it.
-    An infinite input makes every output NaN.
-    """
-    weight = layer.weight.T
-    if layer.bias is not None:
-        x = jnp.append(x, jnp.ones(1, x.dtype))
-        weight = jnp.append(weight, layer.bias[None], 0)
-    x = lax.optimization_barrier(jnp.eye(len(x), dtype=x.dtype) @ x)
-    return lax.optimization_barrier(x @ weight)
+            x = jax.nn.relu(hidden_layer(layer, x))
+        return last_layer(last, x)
 
 
 class Convolution(eqx.Module):

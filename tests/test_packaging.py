@@ -100,6 +100,41 @@ def test_the_arrows_point_one_way(package, banned):
         assert not relative_imports_that_leave(path, PACKAGES[package]), path
 
 
+# The rooms of experiments/, from the lowest up; commands are on top, side by side.
+ROOMS = ("results", "running", "problems")
+EXPERIMENTS = ROOT / "experiments"
+COMMANDS = sorted(path.parent.name for path in EXPERIMENTS.glob("*/__main__.py"))
+
+
+def rooms_entered(path: Path) -> set[str]:
+    """The rooms of experiments/ that a file in one of them imports from, without its own."""
+    own, found = path.parent.name, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        assert not (isinstance(node, ast.ImportFrom) and node.level > 2), path
+    return (found | {name.split(".")[1] for name in imported(path) if name.startswith("experiments.")}) - {own}
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_of_the_experiments_go_down(path):
+    """No command imports another, and no room one above it."""
+    room = path.parent.name
+    if path.parent == EXPERIMENTS:
+        assert path.name == "__init__.py" and not imported(path)
+        return
+    assert room in (*ROOMS, *COMMANDS)
+    below = ROOMS[: ROOMS.index(room)] if room in ROOMS else ROOMS
+    assert rooms_entered(path) <= set(below)
+    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks", "eqx_dynloss_kernels"}
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {path.name for path in EXPERIMENTS.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == {*ROOMS, *COMMANDS} and COMMANDS == ["cifar", "compare", "phase", "spiral"]
+    assert {path.parent.name for path in (ROOT / "tests" / "experiments").glob("*/test_*.py")} == rooms
+
+
 def test_the_kernels_need_only_jax():
     for path in PACKAGES["eqx_dynloss_kernels"].rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)}

@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
+from ..results.labelled import loss_name
 from ..results.style import BINS, STATIC, STYLES, extremes, finish, ruled
+from ..results.words import spread
 
 _ROUNDING = 1e-6  # of float32 class weights, which are around 1
 _WINDOWS = 100  # the training loss is averaged over at most this many windows
@@ -33,14 +35,14 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
     for condition, style in zip([dataset.isel(amplitude=0, period=0), *dynamical], (STATIC, *STYLES), strict=False):
         survivors = condition.isel(seed=condition.diverged_at.values < 0)
         if not survivors.sizes["seed"]:
-            top.plot([], [], **_look(style, 1), label=f"{_name(condition)}: diverged for every seed")
+            top.plot([], [], **_look(style, 1), label=f"{loss_name(condition)}: diverged for every seed")
             continue
         accuracy = 100 * survivors.accuracy.sel(split="validation").values
         evaluated = np.isfinite(accuracy).any(0)
         mean, std = _band(top, dataset.evaluation_step.values[evaluated], accuracy[:, evaluated], style)
-        label = _name(condition)
+        label = loss_name(condition)
         if mean.size:
-            label += f": {mean[-1]:.1f}" + (f" ± {std[-1]:.1f}" if survivors.sizes["seed"] > 1 else "") + " %"
+            label += f": {spread(mean[-1], std[-1] if survivors.sizes['seed'] > 1 else None, digits=1)} %"
         if survivors.sizes["seed"] < members:
             label += f" ({survivors.sizes['seed']} of {members} seeds; the others diverged)"
         top.plot([], [], **_look(style, 1), label=label)
@@ -91,11 +93,11 @@ def class_weights(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         steps, classes = weights.shape
         period = steps / classes if not dynamical else float(condition.period)
         first = min(steps, round(classes * period) + 1)
-        whole.set_title(f"{_name(condition)}: full run")
+        whole.set_title(f"{loss_name(condition)}: full run")
         zoom.set_title("first pass over all classes (grey: the classes whose turn it is not)")
         if steps > _DENSE * classes * period:
             _range(whole, weights, period)
-            whole.set_title(f"{_name(condition)}: full run, range of all class weights in each period")
+            whole.set_title(f"{loss_name(condition)}: full run, range of all class weights in each period")
         else:
             _lines(whole, weights)
         _lines(zoom, weights[:first])
@@ -116,11 +118,6 @@ def _dynamical(dataset: xr.Dataset, limit: int) -> tuple[list[xr.Dataset], str]:
     picked = np.unique(np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).round().astype(int))
     note = f"{len(picked)} of {len(pairs)} dynamical conditions shown" if len(picked) < len(pairs) else ""
     return [dataset.isel(amplitude=a, period=p) for a, p in (pairs[i] for i in picked)], note
-
-
-def _name(condition: xr.Dataset) -> str:
-    amplitude = float(condition.amplitude)
-    return "static (A = 1)" if amplitude == 1 else f"A = {amplitude:g}, T = {float(condition.period):g}"
 
 
 def _look(style: tuple[str, Any, str], points: int) -> dict[str, Any]:

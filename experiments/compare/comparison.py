@@ -17,9 +17,10 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
+from ..results import words
 from ..results.files import PACKAGES, file_name
 from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title
-from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, Summary, markdown_table, number, plain, spread
+from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, Summary, plain
 
 MOST_ROWS = 30  # of the table in the terminal
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.
@@ -94,9 +95,9 @@ class Row:
         c = self.condition
         return c.name + (f" ({c.used} of {c.seeds} seeds)" if c.diverged else "")
 
-    def accuracy(self, split: str) -> Estimate | None:
-        """The accuracies (0 to 1) at the last evaluation, if there are any."""
-        return _accuracy(self.condition, split)
+    def accuracy(self, split: str) -> Estimate:
+        """The accuracies (0 to 1) at the last evaluation."""
+        return self.condition.outcome(split)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         members = (m for _, part in by_setting(run.dataset) for m in by_loss(part))  # in the order of the summary
         for c, of_condition in zip(run.summary.conditions, members, strict=True):
             other = reference.get(_key(c)) if comparable else None
-            found = {split: welch(_accuracy(c, split), _accuracy(other, split)) for split in SPLITS}
+            found = {split: welch(c.outcome(split), other.outcome(split)) for split in SPLITS} if other else {}
             rows.append(Row(run, c, of_condition, {split: d for split, d in found.items() if d is not None}))
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name) for run in runs] for name in names}
@@ -144,14 +145,9 @@ def _key(condition: Condition) -> tuple[str, float, float | None]:
     return condition.setting, condition.amplitude, condition.period
 
 
-def _accuracy(condition: Condition | None, split: str) -> Estimate | None:
-    estimate = condition.outcomes.get(split, {}).get("accuracy") if condition else None
-    return estimate if estimate and estimate.n else None
-
-
-def welch(run: Estimate | None, reference: Estimate | None) -> Difference | None:
+def welch(run: Estimate, reference: Estimate) -> Difference | None:
     """The difference of two means, with the confidence interval for samples that may differ in size and variance."""
-    if run is None or reference is None or run.mean is None or reference.mean is None:
+    if run.mean is None or reference.mean is None:
         return None
     mean = run.mean - reference.mean
     if run.std is None or reference.std is None or max(run.std, reference.std) < SAME:
@@ -231,22 +227,15 @@ def _spread_out(items: list[int], number: int) -> list[int]:
     return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
 
 
-def _points(difference: Estimate | Difference | None) -> str:
-    """A difference of accuracies in points with its confidence interval, or as much of it as there is."""
-    if difference is None or difference.mean is None:
-        return "–"
-    low, high = difference.low, difference.high
-    interval = "–" if low is None or high is None else f"{number(low, 100)} to {number(high, 100)}"
-    mean = round(difference.mean, 6) + 0.0  # not −0.00 for what is 0 but for rounding
-    return f"{number(mean, 100, sign=True)} [{interval}]"
-
-
 def _paired(row: Row, split: str) -> str:
-    return "" if row.condition.period is None else _points(row.condition.differences.get(split, {}).get("accuracy"))
+    return "" if row.condition.period is None else row.condition.difference(split).difference(100)
 
 
 def _versus(row: Row, split: str, comparison: Comparison) -> str:
-    return "reference" if row.run is comparison.runs[0] else _points(row.versus.get(split))
+    if row.run is comparison.runs[0]:
+        return "reference"
+    found = row.versus.get(split)
+    return words.difference(found.mean, found.low, found.high, 100) if found else words.MISSING
 
 
 def _lead(row: Row) -> list[str]:
@@ -261,7 +250,7 @@ def _value(name: str, value: Any) -> str:
         return commit[:10] + dirty
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return "–" if value is None else str(value)
+    return words.MISSING if value is None else str(value)
 
 
 def differing_table(comparison: Comparison) -> Table:
@@ -296,7 +285,7 @@ def console_table(comparison: Comparison) -> Table:
             *[str(numbers[row.run.name])] * several,
             *[row.condition.setting] * with_settings,
             *_lead(row),
-            *(spread(row.accuracy(split), 100) for split in SPLITS),
+            *(row.accuracy(split).spread(100) for split in SPLITS),
             _paired(row, "validation"),
             *[_versus(row, "validation", comparison)] * several,
             end_section=following is not None and following.run is not row.run,
@@ -323,7 +312,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
     table = []
     for row in comparison.rows:
         cells = [row.run.name, row.run.data, row.condition.setting, *_lead(row), str(len(row.condition.diverged))]
-        cells += [spread(row.accuracy(split), 100) for split in SPLITS]
+        cells += [row.accuracy(split).spread(100) for split in SPLITS]
         cells += [_paired(row, split) for split in SPLITS]
         table.append(cells + [_versus(row, split, comparison) for split in SPLITS])
     empty = {2} if not any(cells[2] for cells in table) else set()
@@ -377,7 +366,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
 
 def _escaped(headers: list[str], rows: list[list[str]]) -> list[str]:
     escape = lambda cells: [cell.replace("|", "\\|") for cell in cells]
-    return markdown_table(escape(headers), [escape(cells) for cells in rows])
+    return words.markdown_table(escape(headers), [escape(cells) for cells in rows])
 
 
 def count(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..results.style import STATIC, STYLES, ruled
+from ..results.words import spread
 from .comparison import Comparison, Row, Run, select
 
 MOST_DRAWN = 40  # rows of the figure
@@ -60,7 +61,7 @@ def draw_outcomes(comparison: Comparison, path: str | os.PathLike[str]) -> Figur
 def _draw_row(axes: Axes, row: Row, split: str, y: float, style: tuple[str, str]) -> None:
     colour, marker = style
     estimate = row.accuracy(split)
-    if estimate is None or estimate.mean is None:
+    if estimate.mean is None:
         text = "diverged for every seed" if len(row.condition.diverged) == row.condition.seeds else "not evaluated"
         axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
         return
@@ -81,7 +82,7 @@ def draw_curves(comparison: Comparison, path: str | os.PathLike[str]) -> Figure:
     axes = figure.subplots()
     for i, row in enumerate(rows):
         estimate = row.accuracy("validation")
-        survivors = list(estimate.values) if estimate else []
+        survivors = list(estimate.values)
         accuracy = 100 * row.members.accuracy.sel(split="validation", seed=survivors)
         accuracy = accuracy.dropna("evaluation_step", how="all")
         x, mean = accuracy.evaluation_step.values, accuracy.mean("seed").values
@@ -101,7 +102,7 @@ def draw_curves(comparison: Comparison, path: str | os.PathLike[str]) -> Figure:
         else:
             std = accuracy.std("seed", ddof=1).values
             axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
-            label += f": {mean[-1]:.1f} ± {std[-1]:.1f} %"
+            label += f": {spread(mean[-1], std[-1], digits=1)} %"
         label = "\n".join(textwrap.wrap(_text(label), 95))
         axes.plot(x, mean, color=colour, label=label, **look)
     axes.set_xlabel("optimiser updates")

@@ -18,19 +18,18 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from ..results.files import file_name
 from ..results.labelled import SPLITS, by_setting
-from ..results.style import finish
+from ..results.style import STATIC, STYLES, finish
 from .statistics import best, loss_function, over_cells, series, statistics
 
 _CELL = 0.62, 0.42  # inches
 _LEAST = 2.6, 1.7  # inches, of a panel with few cells
 _LEFT = "; n/N: n seeds are left, the others diverged or were not reached"
 _DOT = {"linestyle": "none", "marker": "o", "markersize": 3.5, "markeredgewidth": 0}
-_LINES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("static loss (A = 1)", {"color": "black", "linestyle": "solid", "marker": "X"}),
-    ("dynamical loss, mean of all cells", {"color": "#0072B2", "linestyle": (0, (5, 2)), "marker": "o"}),
-    ("dynamical loss, best cell by validation accuracy",
-     {"color": "#E69F00", "linestyle": (0, (1.5, 1.2)), "marker": "^"}),
-)  # fmt: skip
+_LINES = (
+    "static loss (A = 1)",
+    "dynamical loss, mean of all cells",
+    "dynamical loss, best cell by validation accuracy",
+)
 
 
 def write(dataset: xr.Dataset, directory: Path) -> list[Path]:
@@ -114,15 +113,16 @@ def gain_by_width(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         cells = [best(cell.sel(split="validation")) for cell in found]
         for axes, split in zip(column, ("validation", "train"), strict=True):
             at = [each.sel(split=split) for each in found]
-            averages = [over_cells(part, split, "outcomes") for part in parts]
+            averages = [over_cells(part, split, "outcome") for part in parts]
             curves = (
                 [(each.static_mean, each.static_std) for each in at],
                 [(each.mean, each.std) for each in averages],
                 [(each["mean"][cell], each["std"][cell]) for each, cell in zip(at, cells, strict=True)],
             )
-            for i, ((label, style), curve) in enumerate(zip(_LINES, curves, strict=True)):
+            for i, (label, style, curve) in enumerate(zip(_LINES, (STATIC, *STYLES), curves, strict=False)):
                 mean, std = 100 * np.array(curve, float).T
-                axes.errorbar(x * 1.03 ** (i - 1), mean, np.nan_to_num(std), label=label, capsize=4, **style)
+                look = dict(zip(("color", "linestyle", "marker"), style, strict=True))
+                axes.errorbar(x * 1.03 ** (i - 1), mean, np.nan_to_num(std), label=label, capsize=4, **look)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(FixedLocator(x.tolist()))
             axes.xaxis.set_major_formatter(FixedFormatter([f"{value:g}" for value in x]))

@@ -6,14 +6,16 @@ false. These tests depend on each other, through the static members that they sh
 covered by the procedure's proof.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 from scipy import stats
 
 from ..results.labelled import SPLITS, by_setting
-from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, markdown_table, number, summarise
+from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, summarise
+from ..results.words import difference, markdown_table, spread
 
 FALSE_DISCOVERIES = 0.05
 _COUNTS = ("n", "static_n", "seeds", "significant")
@@ -47,9 +49,9 @@ def statistics(part: xr.Dataset) -> xr.Dataset:
 
 
 def _grid(part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition]) -> xr.Dataset:
-    reference = _accuracy(static.outcomes, split)
-    outcomes = [_accuracy(c.outcomes, split) for c in dynamical]
-    gains = [_accuracy(c.differences, split) for c in dynamical]
+    reference = static.outcome(split)
+    outcomes = [c.outcome(split) for c in dynamical]
+    gains = [c.difference(split) for c in dynamical]
     cells = {name: [getattr(e, name) for e in outcomes] for name in ("mean", "std", "n")}
     cells |= {name: [getattr(e, field) for e in gains] for name, field in _GAIN.items()}
     cells |= {f"static_{name}": getattr(reference, name) for name in ("mean", "std", "n")}
@@ -63,10 +65,6 @@ def _grid(part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[C
     return xr.Dataset(grids, {"amplitude": part.amplitude.values[1:], "period": part.period.values})
 
 
-def _accuracy(metrics: Mapping[str, Mapping[str, Estimate]], split: str) -> Estimate:
-    return metrics[split]["accuracy"] if split in metrics else Estimate.of({})
-
-
 def _p_value(differences: Estimate) -> float:
     """Of the two-sided paired t-test. NaN, nothing established, for fewer than 2 seeds and for differences that are
     all the same but for rounding: a t-test takes their missing variance for certainty."""
@@ -76,12 +74,12 @@ def _p_value(differences: Estimate) -> float:
     return float(2 * stats.t.sf(abs(t), differences.n - 1))
 
 
-def over_cells(part: xr.Dataset, split: str, what: str) -> Estimate:
-    """Statistics over seeds of a setting's dynamical accuracy ("outcomes") or gain over the static one ("differences").
+def over_cells(part: xr.Dataset, split: str, what: Literal["outcome", "difference"]) -> Estimate:
+    """Statistics over seeds of a setting's dynamical accuracy, or of its difference from the static one.
 
     Fractions. A seed's number is its average over all cells, as far as its member there did not diverge.
     """
-    cells = [_accuracy(getattr(c, what), split).values for c in summarise(part).conditions[1:]]
+    cells = [getattr(c, what)(split).values for c in summarise(part).conditions[1:]]
     seeds = sorted({seed for cell in cells for seed in cell})
     return Estimate.of({s: float(np.mean([cell[s] for cell in cells if s in cell])) for s in seeds})
 
@@ -120,7 +118,7 @@ def markdown(dataset: xr.Dataset) -> list[str]:
         train, validation = (statistics(part).sel(split=split) for split in SPLITS)
         lines += ["", f"### {setting}"] if setting else []
         lines += [*_table(train), *_table(validation), "", _verdict(train), _verdict(validation), _best(validation)]
-        gain = over_cells(part, "validation", "differences")
+        gain = over_cells(part, "validation", "difference")
         compared = " / ".join(map(str, counts(validation)))
         overview.append([setting, _spread(validation, "static_"), compared, _points(gain.mean, gain.low, gain.high)])
     if len(overview) > 1:
@@ -173,7 +171,7 @@ def _trends(dataset: xr.Dataset) -> list[str]:
     along, groups = series(dataset)
     lines = [""] if groups else []
     for rest, parts in groups.items():
-        gains = [over_cells(part, "validation", "differences") for part in parts]
+        gains = [over_cells(part, "validation", "difference") for part in parts]
         small, large = gains[0].values, gains[-1].values
         change = Estimate.of({seed: gain - small[seed] for seed, gain in large.items() if seed in small})
         verdict = "no change is established"
@@ -189,14 +187,11 @@ def _trends(dataset: xr.Dataset) -> list[str]:
 
 
 def _spread(cell: xr.Dataset, prefix: str = "") -> str:
-    """Mean ± std in per cent, as much of it as there is, and the number of seeds if some are missing."""
+    """Mean ± std in per cent, and the number of seeds if some are missing."""
     mean, std, n = (cell[prefix + name].item() for name in ("mean", "std", "n"))
-    spread = f" ± {number(std, 100, 1)}" if np.isfinite(std) else ""
-    return number(mean, 100, 1) + spread + (f" ({n})" if n < cell.seeds else "") if n else "–"
+    return spread(mean, std, 100, 1) + (f" ({n})" if 0 < n < cell.seeds else "")
 
 
-def _points(*gain: float | None) -> str:
-    """A mean difference with the ends of its 95 % interval, fractions in points, as much of it as there is."""
-    mean, low, high = (np.nan if value is None else 100 * value for value in gain)
-    interval = f" [95 % CI {number(low, 1, 1)} to {number(high, 1, 1)}]" if np.isfinite(low) else ""
-    return number(mean, 1, 1, sign=True) + interval if np.isfinite(mean) else "–"
+def _points(mean: float | None, low: float | None, high: float | None) -> str:
+    """A mean difference with the ends of its 95 % interval, fractions in points."""
+    return difference(mean, low, high, 100, 1, lead="95 % CI ")

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from . import words
+
 SPLITS = ("train", "validation")
 
 SETTINGS = ("init", "width", "learning_rate")  # what can be varied besides the loss
@@ -176,8 +178,7 @@ def by_loss(part: xr.Dataset) -> list[xr.Dataset]:
 
 def loss_name(members: xr.Dataset) -> str:
     """The loss of a part of the dataset that has one amplitude and one period, in words."""
-    amplitude = float(members.amplitude)
-    return "static" if amplitude == 1 else f"A = {amplitude:g}, T = {float(members.period):g}"
+    return words.loss_name(float(members.amplitude), float(members.period))
 
 
 def _attributes(name: str) -> dict[str, str]:

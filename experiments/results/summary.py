@@ -18,8 +18,9 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
+from . import words
 from .files import PACKAGES, file_name
-from .labelled import by_loss, by_setting, loss_unit, subject
+from .labelled import SPLITS, by_loss, by_setting, loss_unit, subject
 
 CONFIDENCE = 0.95
 SAME = 1e-6  # accuracies are float32: differences whose spread is below this are equal but for rounding
@@ -48,6 +49,14 @@ class Estimate:
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / n**0.5
         return cls(values, n, mean, std, mean - half, mean + half)
 
+    def spread(self, scale: float = 1, digits: int = 2) -> str:
+        """Mean ± std in words."""
+        return words.spread(self.mean, self.std, scale, digits)
+
+    def difference(self, scale: float = 1, digits: int = 2) -> str:
+        """Of differences: the mean and its confidence interval in words."""
+        return words.difference(self.mean, self.low, self.high, scale, digits)
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -65,6 +74,14 @@ class Condition:
     setting: str = ""  # what else than the loss is special about it, in words
     at_chance: list[int] = dataclasses.field(default_factory=list)  # seeds whose accuracies are those of guessing
 
+    def outcome(self, split: str, metric: str = "accuracy") -> Estimate:
+        """Of nothing, if the split was not evaluated."""
+        return self.outcomes.get(split, {}).get(metric) or Estimate.of({})
+
+    def difference(self, split: str, metric: str = "accuracy") -> Estimate:
+        """Dynamical - static; of nothing for the static loss."""
+        return self.differences.get(split, {}).get(metric) or Estimate.of({})
+
     @property
     def used(self) -> int:
         """How many members are in the means."""
@@ -72,7 +89,7 @@ class Condition:
 
     @property
     def name(self) -> str:
-        loss = "static" if self.period is None else f"A = {self.amplitude:g}, T = {self.period:g}"
+        loss = words.loss_name(self.amplitude, self.period)
         return f"{self.setting}, {loss}" if self.setting else loss
 
 
@@ -159,13 +176,13 @@ def _paired(dynamical: Estimate, static: Estimate) -> Estimate:
 def _evidence(condition: Condition) -> str:
     """What the paired validation accuracies establish, in plain words."""
     lead = f"Validation accuracy, {condition.name}: dynamical − static"
-    difference = condition.differences.get("validation", {}).get("accuracy")
-    if difference is None or difference.mean is None:
+    difference = condition.difference("validation")
+    if difference.mean is None:
         return f"{lead}: no seed was evaluated under both losses, so there is nothing to compare."
-    lead += f" = {number(difference.mean, 100, sign=True)} points"
+    lead += f" = {words.number(difference.mean, 100, sign=True)} points"
     if difference.std is None or difference.low is None or difference.high is None:
         return f"{lead} (1 seed): one seed has no interval, so no difference is established."
-    lead += f" (95 % CI {_interval(difference, 100)}, {difference.n} seeds)"
+    lead += f" (95 % CI {words.interval(difference.low, difference.high, 100)}, {difference.n} seeds)"
     if difference.std < SAME:
         return f"{lead}: all seeds differ by the same amount, too few distinct values to establish a difference."
     if difference.low > 0:
@@ -230,31 +247,6 @@ def _notes(n_dynamical: int, dataset: xr.Dataset) -> list[str]:
     return notes
 
 
-def number(value: float, scale: float = 1, digits: int = 2, sign: bool = False) -> str:
-    return f"{value * scale:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def _interval(estimate: Estimate, scale: float = 1, digits: int = 2) -> str:
-    if estimate.low is None or estimate.high is None:
-        return "–"
-    return f"{number(estimate.low, scale, digits)} to {number(estimate.high, scale, digits)}"
-
-
-def spread(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
-    """Mean ± std, or as much of it as there is."""
-    if estimate is None or estimate.mean is None:
-        return "–"
-    std = "–" if estimate.std is None else number(estimate.std, scale, digits)
-    return f"{number(estimate.mean, scale, digits)} ± {std}"
-
-
-def _difference(estimate: Estimate | None, scale: float = 1, digits: int = 2) -> str:
-    """Mean and confidence interval, or as much of it as there is."""
-    if estimate is None or estimate.mean is None:
-        return "–"
-    return f"{number(estimate.mean, scale, digits, sign=True)} [{_interval(estimate, scale, digits)}]"
-
-
 _COLUMNS = (
     ("train", "accuracy", 100, 2),
     ("validation", "accuracy", 100, 2),
@@ -269,12 +261,11 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
     for c in summary.conditions:
         lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
         lead = [c.setting, *lead] if c.setting else lead
-        cells = [spread(c.outcomes.get(split, {}).get(m), scale, digits) for split, m, scale, digits in _COLUMNS]
+        cells = [c.outcome(split, m).spread(scale, digits) for split, m, scale, digits in _COLUMNS]
         outcomes.append([*lead, f"{c.used}/{c.seeds}", str(len(c.diverged)), *cells])
         if c.period is not None:
-            pairs = {m: e for metrics in c.differences.values() for m, e in metrics.items()}
-            cells = [_difference(c.differences.get(split, {}).get(m), scale, d) for split, m, scale, d in _COLUMNS]
-            differences.append([*lead, str(pairs["accuracy"].n if pairs else 0), *cells])
+            cells = [c.difference(split, m).difference(scale, digits) for split, m, scale, digits in _COLUMNS]
+            differences.append([*lead, str(max(c.difference(split).n for split in SPLITS)), *cells])
     return outcomes, differences
 
 
@@ -301,11 +292,6 @@ def to_print(summary: Summary) -> list[Table | str]:
 def _lead(summary: Summary) -> list[str]:
     """The headers of what a table says before the loss."""
     return ["setting"] if any(c.setting for c in summary.conditions) else []
-
-
-def markdown_table(headers: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def plain(value: object) -> object:
@@ -336,11 +322,11 @@ def write_summary(
     lines += evidence if len(evidence) <= MOST_SENTENCES else []
     lines += ["", f"## Results ({steps or 'nothing was evaluated'})", ""]
     lead = _lead(summary)
-    lines += markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", *splits], outcomes)
+    lines += words.markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", *splits], outcomes)
     if differences:
         splits = ["train accuracy, points", "validation accuracy, points", *splits[2:]]
         lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
-        lines += markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
+        lines += words.markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
     lines += ["", *more] if more else []
     lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
     attrs = {key: plain(value) for key, value in dataset.attrs.items()}

@@ -21,7 +21,8 @@ from eqx_dynloss import landscape
 
 from ..results.labelled import by_loss, by_setting, loss_name, loss_unit
 from ..results.style import finish, ruled
-from ..results.summary import CONFIDENCE, Estimate, markdown_table
+from ..results.summary import CONFIDENCE, Estimate
+from ..results.words import interval, markdown_table, number
 
 WINDOW = 25  # updates over which the period of the loss is determined
 MOST = 12  # panels of the figure
@@ -89,10 +90,9 @@ def markdown(dataset: xr.Dataset) -> list[str]:
     rows = []
     for times in first_times(dataset):
         r, low, high, n = times.correlation()
-        interval = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
         numbers = (times.crossing, times.bifurcation, times.bifurcation - times.crossing)
-        correlation = f"{r:.3f}{interval}" if np.isfinite(r) else "–"
-        cells = [f"{n}/{len(times.crossing)}", *(_estimate(a, 0) for a in numbers), correlation]
+        cells = [f"{n}/{len(times.crossing)}", *(_estimate(a, 0) for a in numbers)]
+        cells.append(number(r, digits=3) + (f" [{interval(low, high, digits=3)}]" if np.isfinite(low) else ""))
         rows.append([f"{times.setting}, {times.loss}".removeprefix(", "), *cells])
     headers = ["loss", "seeds with both", "crossing of 2/η", "first bifurcation", "their difference"]
     lines = ["## First bifurcation and the crossing of 2/η (updates, mean ± std over seeds)", ""]
@@ -135,8 +135,9 @@ def figure(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
             continue
         r, low, high, n = times.correlation()
         name = f"{times.setting}, {times.loss}".removeprefix(", ") + f"\n{n} of {len(times.crossing)} seeds"
-        name += f", r = {r:.3f}" if np.isfinite(r) else ""
-        axes.set_title(name + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""), fontsize=10)
+        name += f", r = {number(r, digits=3)}" if np.isfinite(r) else ""
+        name += f" [{interval(low, high, digits=3)}]" if np.isfinite(low) else ""
+        axes.set_title(name, fontsize=10)
         axes.errorbar(times.crossing, times.bifurcation + WINDOW / 2, yerr=WINDOW / 2,
                       linestyle="none", marker="o", markersize=5, color="black", markerfacecolor="none",
                       linewidth=0.8)  # fmt: skip
@@ -157,9 +158,4 @@ def figure(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
 
 
 def _estimate(values: np.ndarray, digits: int) -> str:
-    finite = {i: float(value) for i, value in enumerate(values) if np.isfinite(value)}
-    estimate = Estimate.of(finite)
-    if estimate.mean is None:
-        return "–"
-    spread = "" if estimate.std is None else f" ± {estimate.std:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}{spread}".replace("-", "−")
+    return Estimate.of({i: float(value) for i, value in enumerate(values) if np.isfinite(value)}).spread(1, digits)

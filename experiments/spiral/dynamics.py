@@ -14,13 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ..results.labelled import by_loss, by_setting, loss_name, loss_unit
-from ..results.style import extremes, finish, ruled
+from ..results.style import STATIC, STYLES, extremes, finish, ruled
 from . import bifurcation
 
 _CLASSES = (("#D62728", "solid"), ("#E3B505", (0, (5, 1.5))), ("#1B2A6B", (0, (1.5, 1.2))))  # the paper's colours
-_STATIC, _DYNAMICAL = ("0.45", (0, (4, 1.5))), ("#0072B2", "solid")
-_MARKERS = "Xos^Dv"
-_COLOURS = ("black", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_STATIC, _DYNAMICAL = ("0.45", (0, (4, 1.5))), (STYLES[0][0], "solid")
+_OF_LOSS = (STATIC, *STYLES[:5])
 _WINDOWS = 400  # a series is averaged over about this many windows before seeds are compared
 _MOST = 12  # conditions that are drawn
 
@@ -121,7 +120,7 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
                 if len(values) < members.sizes["seed"]:
                     axes.text(x, 26, f"{members.sizes['seed'] - len(values)} left out", fontsize=7, ha="center")
                 spread = np.linspace(-0.08, 0.08, len(values)) * min(1, 3 / len(shown))
-                style = {"color": _COLOURS[i % 6], "marker": _MARKERS[i % 6]}
+                style = {"color": _OF_LOSS[i % 6][0], "marker": _OF_LOSS[i % 6][2]}
                 axes.plot(x + spread, values, **style, **hollow)
                 if len(values) > 1:
                     axes.errorbar(x, values.mean(), values.std(ddof=1), color="black", capsize=5, linewidth=1.2)
@@ -134,7 +133,7 @@ def accuracy(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         axes.grid(alpha=0.3, axis="y")
     bottom.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name, _ in groups])
     for i, name in enumerate(names):
-        bottom.plot([], [], color=_COLOURS[i % 6], marker=_MARKERS[i % 6], label=name, **hollow)
+        bottom.plot([], [], color=_OF_LOSS[i % 6][0], marker=_OF_LOSS[i % 6][2], label=name, **hollow)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)))
     return finish(
         figure, "Accuracy at the end", dataset, "a point per seed that did not diverge; bars: mean ± std", path
@@ -188,7 +187,7 @@ def _finish_rows(rows: dict[str, tuple[Axes, Axes]], members: xr.Dataset, *logar
                 round_numbers(axes)
     rows["weights"][0].legend(fontsize=7, loc="upper right", ncols=3)
     for axes in rows.get("hessian_max", ()):
-        axes.axhline(2 / float(members.learning_rate), color="#D55E00", linewidth=1.2, linestyle=(0, (6, 2)))
+        axes.axhline(2 / float(members.learning_rate), color=STYLES[4][0], linewidth=1.2, linestyle=(0, (6, 2)))
         label = f"2/η = {2 / float(members.learning_rate):g}"
         place = (0.995, 2 / float(members.learning_rate))
         axes.annotate(label, place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)

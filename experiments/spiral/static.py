@@ -8,12 +8,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ..results.labelled import by_setting
-from ..results.style import finish, ruled
+from ..results.style import STATIC, STYLES, finish, ruled
 from .dynamics import band, round_numbers
 
 # Of a network, or of a learning rate if there is one network; beyond seven the markers are hollow.
-_COLOURS = ("black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "os^DvPX"
+_LOOKS = (STATIC, *STYLES)
 # Of a learning rate; beyond six the lines are thick.
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (10, 2)), (0, (3, 3)))
 _MOST = 12  # settings that are drawn
@@ -48,12 +47,12 @@ def static_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
             network = networks.index(_coordinates(members, "init", "width"))
             rate = rates.index(_coordinates(members, "learning_rate"))
             look = network if len(networks) > 1 else rate
-            style = (_COLOURS[look % 7], _DASHES[rate % 6])
+            style = (_LOOKS[look % 7][0], _DASHES[rate % 6])
             # What is off the scale is brought near: an axis cannot be fitted to 10^300, or to infinity.
             values = np.minimum(members[variable].values, 2 * top)
             line = band(axes, dataset[dim].values, values, style, _label(name, members))
             every = max(1, np.size(line.get_xdata()) // 8)
-            line.set(marker=_MARKERS[look % 7], markersize=5, markevery=(every * i // len(shown), every))
+            line.set(marker=_LOOKS[look % 7][2], markersize=5, markevery=(every * i // len(shown), every))
             line.set(markerfacecolor=style[0] if look < 7 else "white", linewidth=1.4 if rate < 6 else 2.8)
         for height in marked.values():
             axes.axhline(height, color="0.35", linewidth=1, linestyle=(0, (8, 4)), zorder=1.5)

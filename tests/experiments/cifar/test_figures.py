@@ -48,7 +48,7 @@ def test_runs_with_nothing_to_draw_do_not_fail(tmp_path, plot):
 def test_the_legend_says_what_each_line_is(tmp_path):
     dataset = results(seeds=2, amplitudes=(10, 70), diverged={2: 50, 4: 50, 5: 50})
     static, partly, gone = legend(learning_curves(dataset, tmp_path / "a.png"))
-    assert static.startswith("static (A = 1): ") and "±" in static
+    assert static.startswith("static: ") and "±" in static
     assert partly.startswith("A = 10, T = 50: ") and "1 of 2 seeds; the others diverged" in partly and "±" not in partly
     assert gone == "A = 70, T = 50: diverged for every seed"
 

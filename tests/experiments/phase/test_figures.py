@@ -153,7 +153,7 @@ def test_accuracies_against_the_width(tmp_path):
     for axes, split in zip(rows[:, 1], ("validation", "train"), strict=True):
         static, mean, top = (np.asarray(c.lines[0].get_ydata(), float) / 100 for c in axes.containers)
         np.testing.assert_allclose(static, [each.static_mean.sel(split=split) for each in found])
-        np.testing.assert_allclose(mean, [over_cells(part, split, "outcomes").mean or 0 for part in parts])
+        np.testing.assert_allclose(mean, [over_cells(part, split, "outcome").mean or 0 for part in parts])
         at = [each.sel(split=split)["mean"].isel(cell) for each, cell in zip(found, cells, strict=True)]
         np.testing.assert_allclose(top, at)
         assert axes.get_xscale() == "log"

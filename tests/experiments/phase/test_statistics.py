@@ -189,7 +189,7 @@ def test_averages_over_cells_are_per_seed():
     values = final(dataset)
     values[1, 0, 0] = np.nan
     gains = np.nanmean(values[1:] - values[0], axis=(0, 1))
-    gain, accuracy = (over_cells(dataset, "validation", what) for what in ("differences", "outcomes"))
+    gain, accuracy = (over_cells(dataset, "validation", what) for what in ("difference", "outcome"))
     np.testing.assert_allclose(list(gain.values.values()), gains)
     np.testing.assert_allclose(list(accuracy.values.values()), np.nanmean(values[1:], axis=(0, 1)))
     interval = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
