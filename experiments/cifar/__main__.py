@@ -18,8 +18,7 @@ from ..problems import images
 from ..problems.cifar import PRESETS, Preset, Problem, as_many_steps, parse_period
 from ..results.files import file_name
 from ..running.devices import announced, devices
-from ..running.errors import UsageError
-from ..running.flags import RunFlags
+from ..running.flags import LEAST, RunFlags, require, require_different
 from ..running.session import Session
 from ..running.terminal import console, execute, tell
 from ..running.training import train
@@ -79,24 +78,15 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        for name in ("seeds", "width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-        for name in ("amplitude", "period"):
-            if getattr(self, name) == ():
-                raise UsageError(f"--{name} takes one or more values, got none.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"--learning-rate must be a positive number, got {self.learning_rate}.")
-        if not 0 <= self.momentum < 1:
-            raise UsageError(f"--momentum must be at least 0 and below 1, got {self.momentum}.")
-        for amplitude in self.amplitude or ():
-            if not 1 <= amplitude < math.inf:
-                raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
+        counts = ("seeds", "width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations")
+        require(self, counts, 1, math.inf, "at least 1")
+        require_different(self, ("amplitude", "period"))
+        require(self, ("learning_rate",), LEAST, math.inf, "a positive number")
+        require(self, ("momentum",), 0, 1, "at least 0 and below 1")
+        require(self, ("amplitude",), 1, math.inf, "at least 1, which is the static loss")
+        require(self, ("stop_epoch",), 0, math.inf, "a finite number of epochs, 0 or more")
         for period in self.period or ():
             parse_period(period, steps_per_epoch=1)
-        if self.stop_epoch is not None and not 0 <= self.stop_epoch < math.inf:
-            raise UsageError(f"--stop-epoch must be a finite number of epochs, 0 or more, got {self.stop_epoch}.")
 
 
 def main(arguments: list[str] | None = None) -> bool:

@@ -1,8 +1,4 @@
-"""Figures of a run, drawn from the dataset that `labelled.assemble` describes.
-
-They survive a black-and-white printer: whatever a colour says, a line style, a marker or a label says too. They are
-made without pyplot, so that nothing depends on a display or on global state.
-"""
+"""The two figures of a run on images: learning curves, and the class weights."""
 
 import os
 from typing import Any

@@ -8,12 +8,10 @@ from typing import Annotated
 import tyro
 
 from ..results import files
+from ..running.devices import require_packages
 from ..running.directory import new_directory, refuse_used
 from ..running.errors import UsageError
 from ..running.terminal import console, execute, warn
-from . import figures
-from .comparison import compare, console_table, count, differing_table, write
-from .reading import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,11 @@ def main(arguments: list[str] | None = None) -> bool:
     arguments = sys.argv[1:] if arguments is None else arguments
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.compare", description=Config.__doc__)
     refuse_used(config.out)
+    require_packages()
+    from . import figures
+    from .comparison import compare, console_table, count, differing_table, write
+    from .reading import load
+
     comparison = compare(load(config.runs))
     runs = comparison.runs
     stand_in = next((d for run in runs if (d := run.dataset.attrs["dataset"]) in files.STAND_INS), "")

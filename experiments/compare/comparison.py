@@ -296,7 +296,7 @@ def console_table(comparison: Comparison) -> Table:
 def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
     """Writes `comparison.md`, to be read, and `comparison.json`, the same for programs, null for what there is not.
 
-    `stand_in` is the data set that the names of the files have to tell of (see `labelled.file_name`).
+    `stand_in` is the data set that the names of the files have to tell of (see `files.file_name`).
     """
     names = [run.name for run in comparison.runs]
     lines = [f"# Comparison of {count(len(names), 'run')}: {comparison.data}", ""]

@@ -20,7 +20,7 @@ from ..problems import cifar, images, spiral
 from ..problems.spiral import Init, LossName
 from ..running.devices import announced, devices
 from ..running.errors import UsageError
-from ..running.flags import RunFlags
+from ..running.flags import RunFlags, require
 from ..running.session import Session
 from ..running.terminal import console, execute, tell, warn
 from ..running.training import train
@@ -84,10 +84,8 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        for name in ("seeds", "evaluations", "updates", "epochs", "train_examples", "validation_examples", "wave"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        counts = ("seeds", "evaluations", "updates", "epochs", "train_examples", "validation_examples", "wave")
+        require(self, counts, 1, math.inf, "at least 1")
         grids = {"amplitudes": self.amplitudes, "widths": self.widths, "learning-rates": self.learning_rates}
         if self.experiment == "spiral" or ":" in (self.periods or ""):
             grids["periods"] = self.periods

@@ -148,7 +148,7 @@ def loss_unit(dataset: xr.Dataset) -> str:
 
 
 def with_loss_function(dataset: xr.Dataset, name: str) -> xr.Dataset:
-    """Says in a dataset which loss was minimised, where `assemble` has taken it for the cross-entropy."""
+    """Says in a dataset which loss was minimised, where `unfold` has taken it for the cross-entropy."""
     dataset = dataset.assign_attrs(loss_function=name)
     if not loss_unit(dataset):
         dataset.loss.attrs |= {"units": "1", "long_name": f"plain {name} loss, mean over the split, no class weights"}

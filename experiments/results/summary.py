@@ -106,7 +106,7 @@ class Summary:
 
 
 def summarise(dataset: xr.Dataset) -> Summary:
-    """Statistics of each split at its last evaluation, for the dataset that `labelled.assemble` describes."""
+    """Statistics of each split at its last evaluation, for the dataset that `labelled` describes."""
     if dataset.amplitude.values[0] != 1:
         raise ValueError(f"the first amplitude must be 1, the static loss, not {dataset.amplitude.values[0]:g}.")
     everything: list[Condition] = []
@@ -305,7 +305,7 @@ def write_summary(
 ) -> None:
     """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not.
 
-    The names are those of `labelled.file_name`. `more` are lines that `summary.md` has after the tables. It begins with
+    The names are those of `files.file_name`. `more` are lines that `summary.md` has after the tables. It begins with
     a sentence for every loss, unless there are many: then these are in `summary.json` only.
     """
     outcomes, differences = _rows(summary)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +14,7 @@ from .directory import refuse_used
 from .errors import UsageError
 
 _Config = TypeVar("_Config")
+LEAST = 1e-300  # of a positive number
 _FREE = ("run", "data_dir", "show_seed")  # may differ when a run is resumed
 
 
@@ -87,3 +89,21 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
 def words(value: Any) -> str:
     """A value of a flag as it is typed."""
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def require(config: Any, names: Sequence[str], low: float, below: float, says: str) -> None:
+    """Raises a `UsageError` unless the values of some flags are numbers from `low` to less than `below`, if given."""
+    for name in names:
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not low <= one < below:
+                raise UsageError(f"--{name.replace('_', '-')} must be {says}, got {one:g}.")
+
+
+def require_different(config: Any, names: Sequence[str]) -> None:
+    """Raises a `UsageError` unless some flags, where given, have one or more values, each once."""
+    for name in names:
+        values = getattr(config, name)
+        if values is not None and (not values or len(set(values)) < len(values)):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} takes one or more different values, got {words(values)}.")

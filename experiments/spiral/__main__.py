@@ -19,7 +19,7 @@ from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
 from ..running.devices import announced, devices
 from ..running.errors import UsageError
-from ..running.flags import RunFlags, words
+from ..running.flags import LEAST, RunFlags, require, require_different
 from ..running.session import Session
 from ..running.task import Task
 from ..running.terminal import console, execute
@@ -63,27 +63,11 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        for name in ("seeds", "updates"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("amplitude", "period", "init", "width", "learning_rate"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} takes one or more different values, got {words(values)}.")
-        for amplitude in self.amplitude:
-            if not 1 <= amplitude < math.inf:
-                raise UsageError(f"--amplitude must be at least 1, which is the static loss, got {amplitude:g}.")
-        for name in ("period", "learning_rate"):
-            for value in getattr(self, name):
-                if not 0 < value < math.inf:
-                    raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value:g}.")
-        if min(self.period) < 2:
-            raise UsageError(
-                f"--period must be at least 2 updates, shorter ones have no peak, got {min(self.period):g}."
-            )
-        if min(self.width) < 1:
-            raise UsageError(f"--width must be at least 1, got {min(self.width)}.")
+        require(self, ("seeds", "updates", "width"), 1, math.inf, "at least 1")
+        require_different(self, ("amplitude", "period", "init", "width", "learning_rate"))
+        require(self, ("amplitude",), 1, math.inf, "at least 1, which is the static loss")
+        require(self, ("period", "learning_rate"), LEAST, math.inf, "a positive number")
+        require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
         if self.curvature < 0 or (self.curvature and self.updates % self.curvature):
             raise UsageError(
                 f"--curvature must be a divisor of the {self.updates} updates, or 0, got {self.curvature}."

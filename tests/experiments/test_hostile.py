@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import pytest
 
+from experiments.compare import __main__ as compare
 from experiments.running import devices, directory, memory, signals
 from experiments.running.errors import UsageError
 
@@ -64,6 +65,8 @@ def test_what_only_the_end_needs_is_looked_for_before_the_start(name, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == name else found(n))
     with pytest.raises(UsageError, match=rf"without {name}: pip install"):
         devices.start_jax(distributed=False)
+    with pytest.raises(UsageError, match=rf"without {name}: pip install"):
+        compare.main(["."])
 
 
 @pytest.mark.slow

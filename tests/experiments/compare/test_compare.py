@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_sentence(stored, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compare, "write", full)
+    monkeypatch.setattr(comparison, "write", full)
     assert command(put("a", stored), "--out", "out") == 2
     assert "cannot write to out (No space left on device)" in capsys.readouterr().err
 
