@@ -65,10 +65,11 @@ def train(
                     resumed = f"resumed at update {done:,}" if (done := one.record.steps_done) else "compiling"
                     bar.update(bar_id, description=_place(waves, one) + resumed)
                     while not one.record.finished and not any_host(asked.is_set()):
-                        results = ensemble.train_chunk(
-                            one.states, one.members.losses, one.members.optimiser, one.data, **one.next_chunk()
+                        one.add(
+                            ensemble.train_chunk(
+                                one.states, one.members.losses, one.members.optimiser, one.data, **one.next_chunk()
+                            )
                         )
-                        one.add(results)
                         _show(bar, waves, one)
                 if not one.record.finished:
                     break

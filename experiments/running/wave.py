@@ -53,6 +53,7 @@ class Wave(contextlib.AbstractContextManager["Wave"]):
             if kind is None and self.record.steps_done:
                 self._save(self._checkpoints)
             self._checkpoints.close()
+        del self.states, self.members, self.data, self._splits  # the next wave needs the memory
 
     def next_chunk(self) -> dict[str, Any]:
         """What `ensemble.train_chunk` takes for the chunk that comes next."""

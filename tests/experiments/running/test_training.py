@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import dataclasses
+import gc
 import signal
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -286,6 +288,19 @@ def test_waves_train_the_same_members_with_one_compilation(monkeypatch):
     assert sizes == [2] * 6  # three waves of two chunks; the last member fills up the third
     assert waves.finished and waves.minibatch_loss.shape == (5, 4) and waves["size"].shape == (5, 1)
     xr.testing.assert_allclose(waves, together, rtol=1e-5)
+
+
+def test_a_wave_leaves_nothing_on_the_devices(monkeypatch):
+    alive, real = [], ensemble.train_chunk
+
+    def train_chunk(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(array.nbytes for array in jax.live_arrays()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ensemble, "train_chunk", train_chunk)
+    train(4, 4, 2, members(8), wave=2)
+    assert len(alive) == 4 and max(alive[1:]) <= alive[0], alive
 
 
 @pytest.mark.parametrize("plan, observed", [(OBSERVED, [0, 1, 2, 3]), (AT_THE_END, None)], ids=["", "end"])
