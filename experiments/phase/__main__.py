@@ -130,15 +130,14 @@ def spiral_diagrams(run: Session[Config]) -> xr.Dataset:
     with jax.enable_x64(True):
         tasks = spiral.tasks(
             {f"width-{width}": (config.init, width) for width in widths},
+            updates,
+            config.evaluations,
+            {"observe": spiral.curvature, "keep_steps": False},
             amplitudes=parse_grid(config.amplitudes, "amplitudes"),
             periods=periods,
             num_seeds=config.seeds,
             learning_rates=rates,
             loss=config.loss,
-            updates=updates,
-            evaluations=config.evaluations,
-            observe=spiral.curvature,
-            keep_steps=False,
         )
         members, seconds = sum(len(task.members) for task in tasks), sum(task.cpu_seconds for task in tasks)
         _announce(config, members, len(widths) * len(rates), f"{updates:,} updates | the spiral", seconds)

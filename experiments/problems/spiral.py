@@ -48,54 +48,55 @@ def spiral(noise_seed: int) -> Dataset:
     return Dataset(jnp.asarray(points, float), jnp.repeat(jnp.arange(3), 100))
 
 
-def tasks(
-    networks: Mapping[str, tuple[Init, int]],
+def members(
+    init: Init,
+    width: int,
+    updates: int,
     *,
     amplitudes: Sequence[float],
     periods: Sequence[float],
     num_seeds: int,
     learning_rates: Sequence[float],
     loss: LossName,
-    updates: int,
-    evaluations: int,
-    **plan: Any,
-) -> list[Task]:
-    """A task for each network, by name, of an initialisation and a width: every learning rate with every loss and seed.
+) -> Members:
+    """All networks of one initialisation and width: every learning rate with every loss and seed.
 
     The oscillation stops after the last whole period of T + 1 updates. The paper's figure does so; for other periods
-    it is our rule. Where not one period fits, it does not stop. `plan` is what the plan has besides, such as
-    observations. Chunks take some two seconds, and are of the same length for all networks, or they would be evaluated
-    at different updates.
+    it is our rule. Where not one period fits, it does not stop.
     """
-    every = plan.get("observe_every")
-    everything = {
-        name: combinations(
-            amplitudes, periods, range(num_seeds), init=[init], width=[width], learning_rate=learning_rates
-        )
-        for name, (init, width) in networks.items()
+    settings = {"init": [init], "width": [width], "learning_rate": learning_rates}
+    coordinates = combinations(amplitudes, periods, range(num_seeds), **settings)
+    turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
+    whole = updates // (turns + 1) * (turns + 1)
+    stop = np.where(whole > 0, whole, np.inf)
+    schedules = OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop, inclusive_period=True)
+    return Members(
+        make_model=ft.partial(network, init, width),
+        optimiser=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),
+        losses=DynamicalLoss(schedules, LOSSES[loss]),
+        coordinates=coordinates,
+        hyperparams=("learning_rate",),
+    )
+
+
+def tasks(
+    networks: Mapping[str, tuple[Init, int]], updates: int, evaluations: int, plan: Mapping[str, Any], **who: Any
+) -> list[Task]:
+    """A task for each network, by name, of an initialisation and a width.
+
+    `plan` is what the plan has besides, such as observations, and `who` what `members` takes. Chunks take two seconds
+    or less, and are as long for all networks, or they would be evaluated at different updates.
+    """
+    trained = {name: members(init, width, updates, **who) for name, (init, width) in networks.items()}
+    every = plan.get("observe_every") or 1
+    pace = {
+        name: len(trained[name]) * cpu_seconds_per_update(width, plan.get("observe_every"))
+        for name, (_, width) in networks.items()
     }
-    seconds = {name: cpu_seconds_per_update(width, every) * len(everything[name]["seed"])
-               for name, (_, width) in networks.items()}  # fmt: skip
-    unit = every or 1
-    chunk = unit * chunk_length(updates // unit, min(2 / max(seconds.values()), updates / evaluations) / unit)
-    found = []
-    for name, (init, width) in networks.items():
-        coordinates = everything[name]
-        turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
-        whole = updates // (turns + 1) * (turns + 1)
-        stop = np.where(whole > 0, whole, np.inf)
-        schedules = OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop, inclusive_period=True)
-        members = Members(
-            make_model=ft.partial(network, init, width),
-            optimiser=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),
-            losses=DynamicalLoss(schedules, LOSSES[loss]),
-            coordinates=coordinates,
-            hyperparams=("learning_rate",),
-        )
-        data = {"train": spiral(0), "validation": spiral(1)}
-        plan_ = Plan(updates, chunk, evaluations, **plan)
-        found.append(Task(name, members, data["train"], data, plan_, seconds[name] * updates))
-    return found
+    target = min(2 / max(pace.values()), updates / evaluations)
+    whole = Plan(updates, every * chunk_length(updates // every, target / every), evaluations, **plan)
+    data = {"train": spiral(0), "validation": spiral(1)}
+    return [Task(name, trained[name], data["train"], data, whole, pace[name] * updates) for name in networks]
 
 
 def network(init: Init, width: int, key: Key[Array, ""]) -> MLP:

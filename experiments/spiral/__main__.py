@@ -100,15 +100,14 @@ def tasks_of(config: Config) -> list[Task]:
     """What is trained: a program for each initialisation and width."""
     return spiral.tasks(
         {f"{init}-{width}": (init, width) for init in config.init for width in config.width},
+        config.updates,
+        min(config.updates, 70),
+        {"observe": spiral.curvature, "observe_every": config.curvature} if config.curvature else {},
         amplitudes=config.amplitude,
         periods=config.period,
         num_seeds=config.seeds,
         learning_rates=config.learning_rate,
         loss=config.loss,
-        updates=config.updates,
-        evaluations=min(config.updates, 70),
-        observe=spiral.curvature if config.curvature else None,
-        observe_every=config.curvature or None,
     )
 
 
