@@ -17,9 +17,9 @@ import xarray as xr
 from ..problems import images
 from ..problems.cifar import PRESETS, Preset, Problem, as_many_steps, parse_period
 from ..results.files import file_name
-from ..running.devices import announced, devices
 from ..running.flags import LEAST, RunFlags, require, require_different
 from ..running.session import Session
+from ..running.task import announcement
 from ..running.terminal import console, execute, tell
 from ..running.training import train
 
@@ -104,14 +104,10 @@ def main(arguments: list[str] | None = None) -> bool:
         if config.epochs is None:
             preset = as_many_steps(preset, data)
         problem = Problem.of(preset, data, config.seeds, config.momentum, config.stop_epoch)
-        settings = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
-        run.open(f"cifar-{data.name}", data.name, settings | {"dataset": data.name, "preset": name})
+        configuration = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
+        run.open(f"cifar-{data.name}", data.name, configuration | {"dataset": data.name, "preset": name})
         reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"
-        members = len(problem.task.members)
-        console.print(
-            f"{devices()} | {members} members = {config.seeds} seeds x {members // config.seeds} losses | "
-            f"{problem.work} | preset {name} ({reason}) | {announced(problem.task.cpu_seconds)}"
-        )
+        console.print(announcement([problem.task], f"{problem.work} | preset {name} ({reason})"))
         results = problem.results(train([problem.task], **run.checkpoints))
         if run.save(results):
             write_outputs(results, run.directory)

@@ -43,8 +43,8 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
             label += f" ({survivors.sizes['seed']} of {members} seeds; the others diverged)"
         top.plot([], [], **_look(style, 1), label=label)
 
-        middle, losses = _windows(survivors.minibatch_loss.values.astype(np.float64))
-        _band(bottom, middle, np.log(np.maximum(losses, 1e-12)), style, np.exp)
+        middle, means = _windows(survivors.minibatch_loss.values.astype(np.float64))
+        _band(bottom, middle, np.log(np.maximum(means, 1e-12)), style, np.exp)
 
     top.set_ylabel("validation accuracy (%)")
     bottom.set_yscale("log" if dataset.sizes["step"] else "linear")  # a log axis cannot be empty

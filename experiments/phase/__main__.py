@@ -18,10 +18,10 @@ from eqx_dynloss import landscape
 
 from ..problems import cifar, images, spiral
 from ..problems.spiral import Init, LossName
-from ..running.devices import announced, devices
 from ..running.errors import UsageError
 from ..running.flags import RunFlags, require
 from ..running.session import Session
+from ..running.task import announcement
 from ..running.terminal import console, execute, tell, warn
 from ..running.training import train
 
@@ -139,8 +139,7 @@ def spiral_diagrams(run: Session[Config]) -> xr.Dataset:
             learning_rates=rates,
             loss=config.loss,
         )
-        members, seconds = sum(len(task.members) for task in tasks), sum(task.cpu_seconds for task in tasks)
-        _announce(config, members, len(widths) * len(rates), f"{updates:,} updates | the spiral", seconds)
+        console.print(announcement(tasks, f"{updates:,} updates | the spiral"))
         measured = train(tasks, **run.checkpoints, wave=config.wave)
         return spiral.results(tasks, measured, periods, config.loss)
 
@@ -161,9 +160,9 @@ def cifar_diagram(run: Session[Config]) -> xr.Dataset:
     if config.epochs is None:
         preset = cifar.as_many_steps(preset, data)
     problem = cifar.Problem.of(preset, data, config.seeds, observe=largest_eigenvalue, keep_steps=False)
-    settings = dataclasses.asdict(config) | problem.sizes | {"dataset": data.name, "epochs": preset.epochs}
-    run.open(f"phase-{data.name}", data.name, settings)
-    _announce(config, len(problem.task.members), 1, problem.work, problem.task.cpu_seconds)
+    configuration = dataclasses.asdict(config) | problem.sizes | {"dataset": data.name, "epochs": preset.epochs}
+    run.open(f"phase-{data.name}", data.name, configuration)
+    console.print(announcement([problem.task], problem.work))
     return problem.results(train([problem.task], **run.checkpoints, wave=config.wave))
 
 
@@ -203,15 +202,6 @@ def parse_grid(text: str, flag: str) -> tuple[float, ...]:
 def whole(values: tuple[float, ...]) -> tuple[float, ...]:
     """The values rounded to whole numbers, each once."""
     return tuple(float(value) for value in dict.fromkeys(round(value) for value in values))
-
-
-def _announce(config: Config, members: int, settings: int, work: str, cpu_seconds: float) -> None:
-    """Prints the line that says what is going to happen."""
-    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    console.print(
-        f"{devices()}{hosts} | {members} members = {config.seeds} seeds x {members // config.seeds // settings} losses"
-        f"{f' x {settings} settings' if settings > 1 else ''} | {work} | {announced(cpu_seconds)}"
-    )
 
 
 def write_outputs(results: xr.Dataset, directory: Path) -> None:

@@ -44,11 +44,11 @@ def statistics(part: xr.Dataset) -> xr.Dataset:
     `static_n`, and the number of `seeds` that were trained.
     """
     static, *dynamical = summarise(part).conditions
-    grids = [_grid(part, split, static, dynamical) for split in SPLITS]
-    return xr.concat(grids, xr.DataArray(list(SPLITS), dims="split", name="split"), data_vars="all")
+    found = [_cells(part, split, static, dynamical) for split in SPLITS]
+    return xr.concat(found, xr.DataArray(list(SPLITS), dims="split", name="split"), data_vars="all")
 
 
-def _grid(part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition]) -> xr.Dataset:
+def _cells(part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition]) -> xr.Dataset:
     reference = static.outcome(split)
     outcomes = [c.outcome(split) for c in dynamical]
     gains = [c.difference(split) for c in dynamical]

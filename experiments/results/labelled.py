@@ -115,17 +115,19 @@ def _unfold(flat: xr.Dataset, periods: Sequence[float]) -> xr.Dataset:
     order = {name: list(dict.fromkeys(flat[name].values.tolist())) for name in DIMENSIONS if name in flat.coords}
     is_static = flat.amplitude.values == 1
 
-    def grid(part: xr.Dataset, **own: list[float]) -> xr.Dataset:
+    def spread_out(part: xr.Dataset, **own: list[float]) -> xr.Dataset:
         wanted = {name: own.get(name, values) for name, values in order.items() if name in part.coords}
         if len(wanted) == 1:
             return part.swap_dims(member=next(iter(wanted)))
         unfolded = part.set_index(member=list(wanted)).unstack("member", fill_value=missing)
         return unfolded.reindex(wanted, fill_value=missing)
 
-    whole = [grid(flat.isel(member=is_static).drop_vars("period"), amplitude=[1.0]).expand_dims(period=list(periods))]
+    whole = [
+        spread_out(flat.isel(member=is_static).drop_vars("period"), amplitude=[1.0]).expand_dims(period=list(periods))
+    ]
     if not is_static.all():
         amplitudes = [A for A in order["amplitude"] if A != 1]
-        whole.append(grid(flat.isel(member=~is_static), amplitude=amplitudes, period=list(periods)))
+        whole.append(spread_out(flat.isel(member=~is_static), amplitude=amplitudes, period=list(periods)))
     joined = xr.concat(whole, "amplitude", data_vars="all", coords="minimal", compat="override", join="exact")
     return joined.transpose(*(name for name in DIMENSIONS if name in joined.dims), ...)
 
@@ -172,8 +174,8 @@ def _words(part: xr.Dataset, name: str) -> str:
 
 def by_loss(part: xr.Dataset) -> list[xr.Dataset]:
     """The members of every loss of a part, the static one first; each has one amplitude and one period."""
-    grid = [(a, p) for a in range(1, part.sizes["amplitude"]) for p in range(part.sizes["period"])]
-    return [part.isel(amplitude=a, period=p) for a, p in [(0, 0), *grid]]
+    pairs = [(a, p) for a in range(1, part.sizes["amplitude"]) for p in range(part.sizes["period"])]
+    return [part.isel(amplitude=a, period=p) for a, p in [(0, 0), *pairs]]
 
 
 def loss_name(members: xr.Dataset) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from .errors import UsageError, brief
-from .terminal import console, duration
+from .terminal import console
 
 
 def use_all_cores() -> None:
@@ -85,9 +85,3 @@ def _find_hosts() -> None:
 def devices() -> str:
     """The devices that members are spread over, in words."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-
-
-def announced(cpu_seconds: float) -> str:
-    """What to say about the time that a run will take: a measure made on a CPU says nothing about anything else."""
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return f"about {duration(cpu_seconds)}" if on_cpu else "time: see the ETA after the first chunk"

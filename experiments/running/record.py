@@ -35,13 +35,12 @@ class Record:
         self.steps_done = 0
         self.updates_per_second = math.nan  # of all members; NaN until a second chunk, as the first one compiles
         self._diverged_at = np.full(size, -1)
-        self._parts: dict[str, list[xr.Dataset]] = {  # by the dimension that grows
-            "evaluation_step": [self._part("evaluation_step", [], {name: np.zeros((size, 2, 0), np.float32)
-                                                                   for name in ("accuracy", "loss")})]
-        }  # fmt: skip
+        nothing = np.zeros((size, len(SPLITS), 0), np.float32)
+        evaluations = self._part("evaluation_step", [], {"accuracy": nothing, "loss": nothing})
+        self._parts: dict[str, list[xr.Dataset]] = {"evaluation_step": [evaluations]}  # by the dimension that grows
         if plan.keep_steps:
-            none = np.zeros((size, 0), np.float32)
-            self._parts["step"] = [self._part("step", [], {"minibatch_loss": none, "minibatch_accuracy": none})]
+            by_step = {"minibatch_loss": nothing[:, 0], "minibatch_accuracy": nothing[:, 0]}
+            self._parts["step"] = [self._part("step", [], by_step)]
 
     @property
     def chunks_done(self) -> int:
@@ -81,12 +80,9 @@ class Record:
         self._latest, self._parts, self._diverged_at, self.steps_done = metrics, parts, diverged_at, done
 
     def _part(self, dim: str, steps, values: Mapping[str, ArrayLike]) -> xr.Dataset:
-        arrays = {name: np.asarray(array)[: self.size] for name, array in values.items()}
         dims = {2: ("member", dim), 3: ("member", "split", dim)}
-        coordinates = {dim: np.asarray(steps, int), "split": list(SPLITS)}
-        variables = {name: (dims[array.ndim], array) for name, array in arrays.items()}
-        used = {name for names, _ in variables.values() for name in names}
-        return xr.Dataset(variables, {name: values for name, values in coordinates.items() if name in used})
+        variables = {name: (dims[np.ndim(array)], np.asarray(array)[: self.size]) for name, array in values.items()}
+        return xr.Dataset(variables, {dim: np.asarray(steps, int)})
 
     @property
     def measured(self) -> xr.Dataset:
@@ -99,8 +95,8 @@ class Record:
                     xr.concat(filled, dim, data_vars="minimal", join="exact", coords="minimal", compat="override")
                 ]
         parts = [part for (part,) in self._parts.values()]
-        diverged_at = xr.Dataset({"diverged_at": ("member", self._diverged_at)})
-        return xr.merge([*parts, diverged_at], join="exact", compat="override").assign_attrs(steps_done=self.steps_done)
+        own = xr.Dataset({"diverged_at": ("member", self._diverged_at)}, {"split": list(SPLITS)})
+        return xr.merge([*parts, own], join="exact", compat="override").assign_attrs(steps_done=self.steps_done)
 
     def arrays(self, states: TrainState) -> dict[str, np.ndarray]:
         """Everything that it takes to go on, by name: see `restore`."""
@@ -124,14 +120,14 @@ class Record:
         for dim in ("step", "evaluation_step", "observation_step"):
             if dim in measured.dims:
                 found = [name for name, variable in measured.data_vars.items() if dim in variable.dims]
-                self._parts[dim] = [measured[found].drop_attrs()]
+                self._parts[dim] = [measured[found].drop_attrs().drop_vars("split", errors="ignore")]
         filled = np.arange(len(like.step)).clip(max=self.size - 1)
         return ensemble.scatter(jax.tree.unflatten(structure, [arrays[name][filled] for name in names]), like)
 
     def describe(self) -> str:
         """Means over the members that are still finite."""
         text = f"loss {_mean(self._latest.loss):.3g}, accuracy {_mean(self._latest.accuracy):.1%}"
-        validation = self._parts["evaluation_step"][-1].accuracy.sel(split="validation").values
+        validation = self._parts["evaluation_step"][-1].accuracy.values[:, SPLITS.index("validation")]
         if np.isfinite(validation[:, -1:]).any():
             text += f", validation {_mean(validation[:, -1]):.1%}"
         return text

@@ -71,7 +71,7 @@ class Session(Generic[_Config]):
                 if not session.finished and not isinstance(sys.exception(), Exception):
                     console.print(f"Interrupted. To go on: {session._resume_command()}")
 
-    def open(self, label: str, dataset: str, settings: Mapping[str, Any]) -> None:
+    def open(self, label: str, dataset: str, configuration: Mapping[str, Any]) -> None:
         """Makes the directory of the run, with its `config.json`, or takes that of the run that is resumed.
 
         From then on, a signal stops the training, but not what is written after it. With several hosts the first one
@@ -81,12 +81,12 @@ class Session(Generic[_Config]):
 
         - `label`: what its name begins with, where the user gives none.
         - `dataset`: the name of the data set, which is in the names of the files if it is a stand-in.
-        - `settings`: what is kept as the configuration of the run.
+        - `configuration`: what is kept in `config.json`.
         """
         name, problem = b"", UsageError("the first host has no directory for the results; it says why.")
         if jax.process_index() == 0:
             try:
-                name = os.fsencode(self._own_directory(label, dataset, settings))
+                name = os.fsencode(self._own_directory(label, dataset, configuration))
             except UsageError as error:
                 problem = error
         if jax.process_count() > 1:
@@ -122,7 +122,7 @@ class Session(Generic[_Config]):
         self._all_trained = results.attrs["finished"] == "true"
         return writes
 
-    def _own_directory(self, label: str, dataset: str, settings: Mapping[str, Any]) -> Path:
+    def _own_directory(self, label: str, dataset: str, configuration: Mapping[str, Any]) -> Path:
         given = self._flags.resume or self._flags.out
         try:
             if given:
@@ -130,8 +130,8 @@ class Session(Generic[_Config]):
             if path := self._flags.resume:
                 require_writable(path)
             else:
-                settings = {**settings, "made_by": self._made_by()}
-                path = new_directory(self._flags.out, label, dataset, settings)
+                configuration = {**configuration, "made_by": self._made_by()}
+                path = new_directory(self._flags.out, label, dataset, configuration)
             lock(path)
         except UsageError:
             if self._flags.out:

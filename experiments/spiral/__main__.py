@@ -17,11 +17,10 @@ import xarray as xr
 from ..problems import spiral
 from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
-from ..running.devices import announced, devices
 from ..running.errors import UsageError
 from ..running.flags import LEAST, RunFlags, require, require_different
 from ..running.session import Session
-from ..running.task import Task
+from ..running.task import Task, announcement
 from ..running.terminal import console, execute
 from ..running.training import train
 
@@ -83,13 +82,8 @@ def main(arguments: list[str] | None = None) -> bool:
         run.open("spiral", "spiral", dataclasses.asdict(config))
         with jax.enable_x64(True):
             tasks = tasks_of(config)
-            members, settings = sum(len(task.members) for task in tasks), len(tasks) * len(config.learning_rate)
-            losses = members // config.seeds // settings
-            console.print(
-                f"{devices()} | {members} members = {config.seeds} seeds x {losses} losses x {settings} settings | "
-                f"{config.updates:,} updates | the spiral, 300 + 300 points | float64 | "
-                f"{announced(sum(task.cpu_seconds for task in tasks))}"
-            )
+            work = f"{config.updates:,} updates | the spiral, 300 + 300 points | float64"
+            console.print(announcement(tasks, work))
             results = spiral.results(tasks, train(tasks, **run.checkpoints), config.period, config.loss)
         if run.save(results):
             write_outputs(results, run.directory, config.show_seed)
