@@ -5,7 +5,6 @@ same initial weights only to the same network, so a run and the reference are co
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.table import Table
 from scipy import stats
 
 from ..results import words
-from ..results.files import PACKAGES, file_name
+from ..results.files import PACKAGES, file_name, write_texts
 from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title
 from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, Summary, plain
 
@@ -238,12 +237,6 @@ def _versus(row: Row, split: str, comparison: Comparison) -> str:
     return words.difference(found.mean, found.low, found.high, 100) if found else words.MISSING
 
 
-def _lead(row: Row) -> list[str]:
-    """The cells about the loss and about the seeds that are used."""
-    c = row.condition
-    return [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}", f"{c.used}/{c.seeds}"]
-
-
 def _value(name: str, value: Any) -> str:
     if name == "git_commit" and value:
         commit, dirty, _ = str(value).partition("+dirty")
@@ -284,7 +277,7 @@ def console_table(comparison: Comparison) -> Table:
         table.add_row(
             *[str(numbers[row.run.name])] * several,
             *[row.condition.setting] * with_settings,
-            *_lead(row),
+            *row.condition.cells,
             *(row.accuracy(split).spread(100) for split in SPLITS),
             _paired(row, "validation"),
             *[_versus(row, "validation", comparison)] * several,
@@ -294,7 +287,7 @@ def console_table(comparison: Comparison) -> Table:
 
 
 def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
-    """Writes `comparison.md`, to be read, and `comparison.json`, the same for programs, null for what there is not.
+    """Writes `comparison.md` and `comparison.json`.
 
     `stand_in` is the data set that the names of the files have to tell of (see `files.file_name`).
     """
@@ -311,7 +304,13 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
         headers += [f"{split} {what}" for split in SPLITS]
     table = []
     for row in comparison.rows:
-        cells = [row.run.name, row.run.data, row.condition.setting, *_lead(row), str(len(row.condition.diverged))]
+        cells = [
+            row.run.name,
+            row.run.data,
+            row.condition.setting,
+            *row.condition.cells,
+            str(len(row.condition.diverged)),
+        ]
         cells += [row.accuracy(split).spread(100) for split in SPLITS]
         cells += [_paired(row, split) for split in SPLITS]
         table.append(cells + [_versus(row, split, comparison) for split in SPLITS])
@@ -359,9 +358,7 @@ def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
             for row in comparison.rows
         ],
     }
-    (directory / file_name(stand_in, "comparison.md")).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / file_name(stand_in, "comparison.json")).write_text(text + "\n", encoding="utf-8")
+    write_texts(directory, file_name(stand_in, "comparison"), lines, document)
 
 
 def _escaped(headers: list[str], rows: list[list[str]]) -> list[str]:

@@ -1,10 +1,13 @@
 """The files of a run: what they are called, how results are saved and loaded, and what computed them."""
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
@@ -36,6 +39,13 @@ def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Reads what `save` wrote into memory and closes the file."""
     with xr.open_dataset(path, engine="h5netcdf") as dataset:
         return dataset.load()
+
+
+def write_texts(directory: Path, name: str, lines: Sequence[str], document: Mapping[str, Any]) -> None:
+    """Writes `name.md`, to be read, and `name.json`, the same for programs, with null for what there is not."""
+    (directory / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def provenance() -> dict[str, str]:

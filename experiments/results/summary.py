@@ -6,7 +6,6 @@ stay in it, as nobody knows whether they would have come back, and are counted a
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from . import words
-from .files import PACKAGES, file_name
+from .files import PACKAGES, file_name, write_texts
 from .labelled import SPLITS, by_loss, by_setting, loss_unit, subject
 
 CONFIDENCE = 0.95
@@ -86,6 +85,15 @@ class Condition:
     def used(self) -> int:
         """How many members are in the means."""
         return self.seeds - len(self.diverged) - self.missing
+
+    @property
+    def cells(self) -> list[str]:
+        """What a table says of the loss and of the seeds that are used."""
+        return [
+            f"{self.amplitude:g}",
+            "static" if self.period is None else f"{self.period:g}",
+            f"{self.used}/{self.seeds}",
+        ]
 
     @property
     def name(self) -> str:
@@ -259,13 +267,12 @@ def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
     """The cells of the two tables: outcomes of every condition, and differences of the dynamical ones."""
     outcomes, differences = [], []
     for c in summary.conditions:
-        lead = [f"{c.amplitude:g}", "static" if c.period is None else f"{c.period:g}"]
-        lead = [c.setting, *lead] if c.setting else lead
+        lead = [c.setting] * bool(c.setting) + c.cells
         cells = [c.outcome(split, m).spread(scale, digits) for split, m, scale, digits in _COLUMNS]
-        outcomes.append([*lead, f"{c.used}/{c.seeds}", str(len(c.diverged)), *cells])
+        outcomes.append([*lead, str(len(c.diverged)), *cells])
         if c.period is not None:
             cells = [c.difference(split, m).difference(scale, digits) for split, m, scale, digits in _COLUMNS]
-            differences.append([*lead, str(max(c.difference(split).n for split in SPLITS)), *cells])
+            differences.append([*lead[:-1], str(max(c.difference(split).n for split in SPLITS)), *cells])
     return outcomes, differences
 
 
@@ -276,11 +283,10 @@ def console_table(summary: Summary) -> Table:
     lead = _lead(summary)
     for header in (*lead, "A", "T", "seeds", "train", "validation", "dynamical − static\n95 % CI"):
         table.add_column(header, justify="right", no_wrap="CI" not in header and header not in lead)
-    outcomes, differences = _rows(summary)
-    n, pending = len(lead), iter(differences)
-    for c, cells in zip(summary.conditions, outcomes, strict=True):
-        difference = "" if c.period is None else next(pending)[n + 4]
-        table.add_row(*cells[: n + 3], *cells[n + 4 : n + 6], difference)
+    for c in summary.conditions:
+        difference = "" if c.period is None else c.difference("validation").difference(100)
+        accuracies = (c.outcome(split).spread(100) for split in SPLITS)
+        table.add_row(*[c.setting] * len(lead), *c.cells, *accuracies, difference)
     return table
 
 
@@ -303,9 +309,9 @@ def plain(value: object) -> object:
 def write_summary(
     summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str], more: Sequence[str] = ()
 ) -> None:
-    """Writes `summary.md`, to be read, and `summary.json`, the same for programs, with null for what there is not.
+    """Writes `summary.md` and `summary.json`.
 
-    The names are those of `files.file_name`. `more` are lines that `summary.md` has after the tables. It begins with
+    `more` are lines that `summary.md` has after the tables. It begins with
     a sentence for every loss, unless there are many: then these are in `summary.json` only.
     """
     outcomes, differences = _rows(summary)
@@ -340,7 +346,4 @@ def write_summary(
         "units": {"accuracy": "fraction", "loss": unit, "period": "updates"},
         "attributes": attrs,
     }
-    directory, name = Path(directory), dataset.attrs["dataset"]
-    (directory / file_name(name, "summary.md")).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / file_name(name, "summary.json")).write_text(text + "\n", encoding="utf-8")
+    write_texts(Path(directory), file_name(dataset.attrs["dataset"], "summary"), lines, document)
