@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from ..results.labelled import loss_name
+from ..results.labelled import by_loss, loss_name
 from ..results.style import BINS, STATIC, STYLES, extremes, finish, ruled
 from ..results.words import spread
 
@@ -110,10 +110,10 @@ def class_weights(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
 
 def _dynamical(dataset: xr.Dataset, limit: int) -> tuple[list[xr.Dataset], str]:
     """At most `limit` dynamical conditions, evenly spread over the grid, and a remark if there are more."""
-    pairs = [(a, p) for a in range(1, dataset.sizes["amplitude"]) for p in range(dataset.sizes["period"])]
-    picked = np.unique(np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).round().astype(int))
-    note = f"{len(picked)} of {len(pairs)} dynamical conditions shown" if len(picked) < len(pairs) else ""
-    return [dataset.isel(amplitude=a, period=p) for a, p in (pairs[i] for i in picked)], note
+    dynamical = by_loss(dataset)[1:]
+    picked = np.unique(np.linspace(0, len(dynamical) - 1, min(limit, len(dynamical))).round().astype(int))
+    note = f"{len(picked)} of {len(dynamical)} dynamical conditions shown" if len(picked) < len(dynamical) else ""
+    return [dynamical[i] for i in picked], note
 
 
 def _look(style: tuple[str, Any, str], points: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from eqx_dynloss import landscape
 from ..problems import cifar, images, spiral
 from ..problems.spiral import Init, LossName
 from ..running.errors import UsageError
-from ..running.flags import RunFlags, require
+from ..running.flags import LEAST, RunFlags, require
 from ..running.session import Session
 from ..running.task import announcement
 from ..running.terminal import console, execute, tell, warn
@@ -96,7 +96,7 @@ class Config:
             values = parse_grid(text, flag)
             if len(set(values)) < len(values):
                 raise UsageError(f"--{flag} takes different values, got {text}.")
-            low = {"periods": 2, "learning-rates": 1e-300}.get(flag, 1)
+            low = {"periods": 2, "learning-rates": LEAST}.get(flag, 1)
             if not all(low <= value < math.inf for value in values):
                 raise UsageError(f"--{flag} must be {least.get(flag, 'at least 1')}, got {text}.")
             if self.experiment == "cifar" and flag in ("widths", "learning-rates") and len(values) > 1:

@@ -22,12 +22,16 @@ def file_name(dataset: str, name: str) -> str:
 
 def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     """Writes the dataset as compressed netCDF. Whenever it is stopped, `path` holds the whole old or whole new file."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     # An interrupted run can have empty variables, which cannot be compressed.
     encoding = {name: {"zlib": True, "complevel": 1} for name, v in dataset.data_vars.items() if v.size}
     # In memory first: HDF5 itself may crash the process where a disk is full.
     content = bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding))
+    write_whole(Path(path), content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file. Whenever it is stopped, `path` holds the whole old or whole new content."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)

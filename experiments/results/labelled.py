@@ -18,7 +18,7 @@ repeated along `period`.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def unfold(*parts: xr.Dataset, periods: Sequence[float], classes: Sequence[str],
 
 def _unfold(flat: xr.Dataset, periods: Sequence[float]) -> xr.Dataset:
     """A dimension for every coordinate of the members, with values in the order in which they first appear."""
-    missing = {name: -1 for name, variable in flat.data_vars.items() if variable.dtype.kind == "i"}
+    missing = missing_values(flat)
     order = {name: list(dict.fromkeys(flat[name].values.tolist())) for name in DIMENSIONS if name in flat.coords}
     is_static = flat.amplitude.values == 1
 
@@ -130,6 +130,11 @@ def _unfold(flat: xr.Dataset, periods: Sequence[float]) -> xr.Dataset:
         whole.append(spread_out(flat.isel(member=~is_static), amplitude=amplitudes, period=list(periods)))
     joined = xr.concat(whole, "amplitude", data_vars="all", coords="minimal", compat="override", join="exact")
     return joined.transpose(*(name for name in DIMENSIONS if name in joined.dims), ...)
+
+
+def missing_values(dataset: xr.Dataset) -> dict[Hashable, Any]:
+    """What stands in the place of numbers that an interrupted run never came to: NaN, but -1 for whole numbers."""
+    return {name: -1 for name, variable in dataset.data_vars.items() if variable.dtype.kind == "i"}
 
 
 def by_setting(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:

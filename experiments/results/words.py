@@ -28,8 +28,16 @@ def difference(
     mean: float | None, low: float | None, high: float | None, scale: float = 1, digits: int = 2, lead: str = ""
 ) -> str:
     """A mean difference and its interval, or as much of it as there is; `lead` comes before the interval."""
-    ends = f" [{lead}{interval(low, high, scale, digits)}]" if _there(low) else ""
-    return number(mean, scale, digits, sign=True) + ends
+    return number(mean, scale, digits, sign=True) + _brackets(low, high, scale, digits, lead)
+
+
+def correlation(r: float, low: float, high: float) -> str:
+    """Pearson's r and its interval, or as much of it as there is."""
+    return number(r, digits=3) + _brackets(low, high, digits=3)
+
+
+def _brackets(low: float | None, high: float | None, scale: float = 1, digits: int = 2, lead: str = "") -> str:
+    return f" [{lead}{interval(low, high, scale, digits)}]" if _there(low) else ""
 
 
 def loss_name(amplitude: float, period: float | None) -> str:

@@ -5,8 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from rich.progress import Progress
 
 from eqx_dynloss import ensemble
 
+from ..results.files import write_whole
+from ..results.labelled import missing_values
 from . import signals
 from .errors import UsageError, brief
 from .memory import fitting_wave, refuse_giants
@@ -93,20 +94,16 @@ def _waves(task: Task, checkpoint: Path | None, minutes: float, asked: int | Non
         refuse_giants(members)
         size = min(len(members), asked or fitting_wave(task))
         if path is not None and jax.process_index() == 0:
-            _write(path, json.dumps({"wave": size, "chunk": plan.chunk}))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, json.dumps({"wave": size, "chunk": plan.chunk}).encode())
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write to {folder} ({error.strerror}): make room, then start again."
+                ) from error
     indices = [np.arange(start, start + size).clip(max=len(members) - 1) for start in range(0, len(members), size)]
     folders = [None if folder is None else folder / f"wave-{number}" for number in range(len(indices))]
     return [Wave(task, plan, own, place, minutes) for own, place in zip(indices, folders, strict=True)]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write to {path.parent} ({error.strerror}): make room, then start again.") from error
 
 
 def _joined(waves: Sequence[Wave]) -> xr.Dataset:
@@ -120,7 +117,7 @@ def _joined(waves: Sequence[Wave]) -> xr.Dataset:
         whole = _concat(parts)
         if task.plan.observe_every is None and not finished:
             whole = whole.drop_dims("observation_step", errors="ignore")
-        whole = whole.reindex(member=np.arange(len(task.members)), fill_value=_nothing(whole)).drop_vars("member")
+        whole = whole.reindex(member=np.arange(len(task.members)), fill_value=missing_values(whole)).drop_vars("member")
         coordinates = {name: ("member", values) for name, values in task.members.coordinates.items()}
         wholes.append(whole.assign_coords(coordinates))
     timed = [one.record for one in begun if math.isfinite(one.record.updates_per_second)]
@@ -135,12 +132,9 @@ def _joined(waves: Sequence[Wave]) -> xr.Dataset:
 
 def _concat(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     by_member: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "override"}
-    return xr.concat(parts, "member", **by_member, join="outer", combine_attrs="drop", fill_value=_nothing(parts[0]))
-
-
-def _nothing(dataset: xr.Dataset) -> dict[Hashable, Any]:
-    """What stands in the place of numbers that are missing: NaN, but for whole numbers."""
-    return {name: -1 for name, variable in dataset.data_vars.items() if variable.dtype.kind == "i"}
+    return xr.concat(
+        parts, "member", **by_member, join="outer", combine_attrs="drop", fill_value=missing_values(parts[0])
+    )
 
 
 def _place(waves: Sequence[Wave], one: Wave) -> str:

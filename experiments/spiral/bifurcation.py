@@ -22,7 +22,7 @@ from eqx_dynloss import landscape
 from ..results.labelled import by_loss, by_setting, loss_name, loss_unit
 from ..results.style import finish, ruled
 from ..results.summary import CONFIDENCE, Estimate
-from ..results.words import interval, markdown_table, number
+from ..results.words import correlation, markdown_table
 
 WINDOW = 25  # updates over which the period of the loss is determined
 MOST = 12  # panels of the figure
@@ -92,7 +92,7 @@ def markdown(dataset: xr.Dataset) -> list[str]:
         r, low, high, n = times.correlation()
         numbers = (times.crossing, times.bifurcation, times.bifurcation - times.crossing)
         cells = [f"{n}/{len(times.crossing)}", *(_estimate(a, 0) for a in numbers)]
-        cells.append(number(r, digits=3) + (f" [{interval(low, high, digits=3)}]" if np.isfinite(low) else ""))
+        cells.append(correlation(r, low, high))
         rows.append([f"{times.setting}, {times.loss}".removeprefix(", "), *cells])
     headers = ["loss", "seeds with both", "crossing of 2/η", "first bifurcation", "their difference"]
     lines = ["## First bifurcation and the crossing of 2/η (updates, mean ± std over seeds)", ""]
@@ -135,8 +135,7 @@ def figure(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
             continue
         r, low, high, n = times.correlation()
         name = f"{times.setting}, {times.loss}".removeprefix(", ") + f"\n{n} of {len(times.crossing)} seeds"
-        name += f", r = {number(r, digits=3)}" if np.isfinite(r) else ""
-        name += f" [{interval(low, high, digits=3)}]" if np.isfinite(low) else ""
+        name += f", r = {correlation(r, low, high)}" if np.isfinite(r) else ""
         axes.set_title(name, fontsize=10)
         axes.errorbar(times.crossing, times.bifurcation + WINDOW / 2, yerr=WINDOW / 2,
                       linestyle="none", marker="o", markersize=5, color="black", markerfacecolor="none",
