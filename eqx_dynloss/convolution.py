@@ -50,6 +50,8 @@ def conv3x3(
     return _conv_p.bind(*vary_alike(flat, kernel)).reshape(*images.shape[:-1], kernel.shape[-1])
 
 
+CACHED = 2**19  # numbers: 2 MiB in float32
+
 _plain = ft.partial(
     lax.conv_general_dilated,
     window_strides=(1, 1),
@@ -63,61 +65,93 @@ def _conv(x, k):
     return _plain(x, k)
 
 
+def _conv_cpu(x, k):
+    """The same. Of few channels, neighbouring columns of the output are channels of one position: more for a register.
+
+    Such a block of columns sees two columns more than it has, and each of its columns the kernel one further right.
+    """
+    width, (in_channels, out_channels) = x.shape[2], k.shape[2:]
+    block = _block_of_columns(in_channels, out_channels)
+    if block == 1:
+        return _plain(x, k)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1 + -width % block), (0, 0)))
+    shifted = [jnp.pad(k, ((0, 0), (j, block - 1 - j), (0, 0), (0, 0))) for j in range(block)]
+    out = _plain(padded, jnp.concatenate(shifted, -1), window_strides=(1, block), padding=((1, 1), (0, 0)))
+    return out.reshape(*x.shape[:2], block * out.shape[2], out_channels)[:, :, :width]
+
+
+def _block_of_columns(in_channels, out_channels):
+    """How many columns: what whole updates of Myrtle are fastest with at widths 8 to 64, on jax 0.10.2 and 0.12.
+
+    `python -m benchmarks.columns` shows the layers.
+    """
+    if in_channels > 16 or out_channels > 32:
+        return 1
+    few = in_channels < 8
+    return (4 if few else 2) if out_channels <= 16 else (2 if few else 1)
+
+
 def _input_grad(dy, k):
     """[N,H,W,O], [3,3,I,O] → [N,H,W,I]: a convolution with the kernel flipped and its channels swapped."""
-    return _plain(dy, k[::-1, ::-1].swapaxes(2, 3))
+    return _conv(dy, _transposed(k))
+
+
+def _input_grad_cpu(dy, k):
+    return _conv_cpu(dy, _transposed(k))
+
+
+def _transposed(k):
+    return k[::-1, ::-1].swapaxes(2, 3)
 
 
 def _weight_grad(x, dy):
-    """[N,H,W,I], [N,H,W,O] → [3,3,I,O]: channels play the part of the batch, and the batch that of the channels."""
+    """[N,H,W,I], [N,H,W,O] → [3,3,I,O]"""
     return _wide_weight_grad(x, dy).astype(x.dtype)
 
 
-def _wide_weight_grad(x, dy):
-    """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
-    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), preferred_element_type=accumulation_dtype(x.dtype))
+def _wide_weight_grad(x, dy, padding=((1, 1), (1, 1))):
+    """The same, in float32 for 16-bit inputs: it sums over many images and pixels.
+
+    Channels play the part of the batch, and the batch that of the channels.
+    """
+    dw = _plain(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        padding=padding,
+        preferred_element_type=accumulation_dtype(x.dtype),
+    )
     return dw.transpose(1, 2, 0, 3)
 
 
 def _weight_grad_cpu(x, dy):
-    """The same, summed over chunks of images that stay in the cache; large images as one matrix product a chunk."""
-    num_images, height, width, channels = x.shape
-    as_product = height * width >= 256 and min(channels, dy.shape[-1]) >= 16
-    wide_grad, pixels = (_weight_product, 2048) if as_product else (_wide_weight_grad, 8192)
-    chunk = max(1, min(num_images, pixels // (height * width)))
-    num_chunks = num_images // chunk if num_images else 0
+    """The same, summed over chunks of images that stay in the cache."""
+    num_images, height, width, in_channels = x.shape
+    out_channels = dy.shape[-1]
+    wide_grad = _weight_grad_of_pairs if max(in_channels, out_channels) <= 8 else _wide_weight_grad
+    chunk = max(1, min(num_images, CACHED // (height * width * (in_channels + out_channels))))
+    num_chunks, rest = divmod(num_images, chunk) if num_images else (0, 0)
     if num_chunks < 2:
         return wide_grad(x, dy).astype(x.dtype)
-    first = chunk + num_images % chunk  # what is left over goes with the first chunk
 
-    def split(a):
-        return a[first:].reshape(num_chunks - 1, chunk, *a.shape[1:])
+    def add(total, start):
+        parts = (lax.dynamic_slice_in_dim(a, start, chunk) for a in (x, dy))
+        return total + wide_grad(*parts), None
 
+    first = chunk + rest  # what is left over goes with the first chunk
     total = wide_grad(x[:first], dy[:first])
-    parts = (split(x), split(dy))
-    return lax.scan(lambda total, part: (total + wide_grad(*part), None), total, parts)[0].astype(x.dtype)
+    return lax.scan(add, total, jnp.arange(first, num_images, chunk))[0].astype(x.dtype)
 
 
-def _weight_product(x, dy):
-    """`_wide_weight_grad` as one product of two matrices with a row for every pixel.
-
-    Images get a column of zeros on their right and a row below, and all pixels become one sequence: a neighbour in
-    column or row is then a fixed number of places away, and lies on zeros where there is none. The nine sums over
-    pixels of x[row + i, column + j]·dy[row, column] are those of x, j places on, times dy, i rows back: three copies of
-    each side by side.
-    """
-    num_images, height, width, _ = x.shape
-    num_pixels = num_images * (height + 1) * (width + 1)
-
-    def three_shifts(a, places):
-        rows = jnp.pad(a, ((0, 0), (0, 1), (0, 1), (0, 0))).reshape(num_pixels, -1)
-        rows = jnp.pad(lax.optimization_barrier(rows), ((places, places), (0, 0)))
-        return jnp.concatenate([rows[i * places : i * places + num_pixels] for i in range(3)], 1)
-
-    # The barriers keep XLA from computing elements one by one where it could copy.
-    shifted = lax.optimization_barrier((three_shifts(x, 1), three_shifts(dy, width + 1)))
-    products = jnp.matmul(shifted[0].T, shifted[1], preferred_element_type=accumulation_dtype(x.dtype))
-    return products.reshape(3, x.shape[-1], 3, dy.shape[-1])[:, :, ::-1].transpose(2, 0, 1, 3)
+def _weight_grad_of_pairs(x, dy):
+    """`_wide_weight_grad` with pairs of columns as channels, twice as many, for a kernel of two pairs' width."""
+    num_images, height, width, in_channels = x.shape
+    pairs = (width + 1) // 2
+    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1 + width % 2), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, width % 2), (0, 0)))
+    x = x.reshape(num_images, height, pairs + 1, 2 * in_channels)
+    dy = dy.reshape(num_images, height, pairs, 2 * dy.shape[-1])
+    dw = _wide_weight_grad(x, dy, padding=((1, 1), (0, 0))).reshape(3, 4, in_channels, 2, -1)
+    return dw[:, :3, :, 0] + dw[:, 1:, :, 1]  # what either column of a pair sees
 
 
 def _primitive(name, function, cpu_function, free_axes, output_axes):
@@ -154,8 +188,8 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
     return primitive
 
 
-_conv_p = _primitive("conv3x3", _conv, _conv, free_axes=(0, 3), output_axes=(0, 3))
-_input_grad_p = _primitive("conv3x3_input_grad", _input_grad, _input_grad, free_axes=(0, 2), output_axes=(0, 3))
+_conv_p = _primitive("conv3x3", _conv, _conv_cpu, free_axes=(0, 3), output_axes=(0, 3))
+_input_grad_p = _primitive("conv3x3_input_grad", _input_grad, _input_grad_cpu, free_axes=(0, 2), output_axes=(0, 3))
 _weight_grad_p = _primitive("conv3x3_weight_grad", _weight_grad, _weight_grad_cpu, free_axes=(3, 3), output_axes=(2, 3))
 
 ad.defbilinear(_conv_p, lambda ct, x, k: _input_grad_p.bind(ct, k), lambda ct, x, k: _weight_grad_p.bind(x, ct))
