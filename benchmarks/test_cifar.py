@@ -21,6 +21,7 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
+from experiments.problems.cifar import cpu_microbatch_size
 
 from . import torch_training
 from .comparison import Compare, Work
@@ -29,9 +30,8 @@ from .contestant import Contestant
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 AMPLITUDE, PERIOD, RATE, MOMENTUM = 10.0, 10, 0.01, 0.9
-MICROBATCH = 8  # images, as in the experiments on a CPU
 TOLERANCE = {"cpu": 1e-4, "gpu": 1e-2}  # of losses after a few updates in float32; on a GPU products are in TF32
-SIDE_BY_SIDE = "ours, side by side"
+SIDE_BY_SIDE, COMPILED = "ours, side by side", "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,25 @@ class Case:
 
 EVERYBODY = ("jitted step", "vmapped step", "torch", "torch.func.vmap")
 CASES = [
-    Case("cpu", 4, 128, 64, 1, 2, ("jitted step", "torch", "torch.compile", "torch.func.vmap")),
-    Case("cpu", 2, 512, 64, 1, 1, ("jitted step", "torch")),
+    *(
+        Case("cpu", members, batch, width, max(1, 128 // batch * 16 // width), 3, ("jitted step", "torch", COMPILED))
+        for width in (16, 8, 32, 64)  # the first is the size of the quick preset
+        for batch in (64, 512)
+        for members in (4, 8)
+    ),
+    Case("cpu", 4, 128, 64, 1, 2, ("torch", "torch.func.vmap")),
     Case("cpu", 4, 16, 64, 1, 2, ("vmapped step",)),
-    Case("gpu", 8, 512, 64, 20, 5, (SIDE_BY_SIDE, *EVERYBODY, "torch.compile")),
+    Case("gpu", 8, 512, 64, 20, 5, (SIDE_BY_SIDE, *EVERYBODY, COMPILED)),
     Case("gpu", 16, 64, 16, 20, 5, (SIDE_BY_SIDE, *EVERYBODY)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.platform}-{case.members}x{case.batch}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.platform}-{case.members}x{case.batch}-{case.width}")
 def test_training_on_images(compare: Compare, case: Case):
     if case.platform != jax.default_backend():
         pytest.skip(f"a size for a {case.platform.upper()}")
+    if not compare.timed and case is not next(c for c in CASES if c.opponents == case.opponents):
+        pytest.skip("the same small problem as in another case")
     width, size, steps = (case.width, 32, case.steps) if compare.timed else (4, 8, 2)
     images = case.batch if compare.timed else 8
     data, keys = minibatch(images, size), jax.random.split(jax.random.key(0), case.members)
@@ -78,11 +85,11 @@ def test_training_on_images(compare: Compare, case: Case):
         "jitted step": lambda name: python_loop(name, data, models, steps),
         "vmapped step": lambda name: naive_vmap(name, data, models, steps),
         "torch": lambda name: torch_training.sequential(task, name),
-        "torch.compile": lambda name: torch_training.sequential(task, name, compiled=True),
+        COMPILED: lambda name: torch_training.sequential(task, name, compiled=True),
         "torch.func.vmap": lambda name: torch_training.stacked(task, name),
     }
     if not compare.timed:
-        del entrants["torch.compile"]  # compiles for half a minute
+        del entrants[COMPILED]  # compiles for half a minute
     compare(
         f"training Myrtle5, float32, on {jax.device_count()} device(s)",
         f"{case.members} x {images} images, width {width}",
@@ -115,7 +122,8 @@ def ours(
     optimiser = optax.sgd(RATE, MOMENTUM, nesterov=True)
     start = ensemble.init(lambda key: Myrtle(width, key=key), optimiser, keys, devices=devices)
     everywhere = ensemble.replicate(data, start)
-    microbatch_size = MICROBATCH if jax.default_backend() == "cpu" else None
+    on_cpu = jax.default_backend() == "cpu"
+    microbatch_size = cpu_microbatch_size(len(data), width) if on_cpu else None
 
     def call():
         states = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, start)  # donated

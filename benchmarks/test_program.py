@@ -17,7 +17,7 @@ from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 
 from .report import Row
-from .test_cifar import MICROBATCH, minibatch
+from .test_cifar import minibatch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -40,7 +40,7 @@ def test_one_program_for_any_number_of_members(record):
         own = sum(leaf.nbytes for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array))
         jax.clear_caches()
         start = time.perf_counter()
-        peak = ensemble.peak_memory(states, *rest, num_steps=4, batch_size=batch, microbatch_size=MICROBATCH)
+        peak = ensemble.peak_memory(states, *rest, num_steps=4, batch_size=batch, microbatch_size=8)
         return time.perf_counter() - start, peak - own
 
     def find_out() -> list[Row]:

@@ -105,7 +105,7 @@ class Problem:
         per_image = cpu_seconds_per_image(preset.width)
         chunk_target = 2 / (per_image * images_per_step) if on_cpu else steps_per_epoch
         chunk = chunk_length(num_steps, min(chunk_target, num_steps / preset.evaluations))
-        microbatch_size = math.gcd(preset.batch_size, 8) if on_cpu else None
+        microbatch_size = cpu_microbatch_size(preset.batch_size, preset.width) if on_cpu else None
         task = Task(
             name="",
             members=members,
@@ -202,6 +202,14 @@ def flops_per_image(width: int) -> float:
     Three times the forward pass, but for the first convolution, whose input needs no gradient.
     """
     return 2 * 9 * (2 * 1024 * 3 * width + 3 * (1024 + 256 + 64) * width**2)
+
+
+def cpu_microbatch_size(batch_size: int, width: int) -> int:
+    """How many images' gradient a CPU computes at a time, a divisor of the batch: what it is fastest with.
+
+    With 16 an update takes 0.91 to 0.96 times as long as with 8 at width 16, and 1.01 to 1.11 times at widths 32 and 64.
+    """
+    return math.gcd(batch_size, 16 if width <= 16 else 8)
 
 
 def cpu_seconds_per_image(width: int) -> float:
