@@ -207,7 +207,7 @@ def flops_per_image(width: int) -> float:
 def cpu_microbatch_size(batch_size: int, width: int) -> int:
     """How many images' gradient a CPU computes at a time, a divisor of the batch: what it is fastest with.
 
-    With 16 an update takes 0.91 to 0.96 times as long as with 8 at width 16, and 1.01 to 1.11 times at widths 32 and 64.
+    With 16, an update takes 0.91 to 0.96 times as long as with 8 at width 16, and 1.01 to 1.11 times at 32 and 64.
     """
     return math.gcd(batch_size, 16 if width <= 16 else 8)
 
