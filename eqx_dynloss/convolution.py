@@ -32,7 +32,8 @@ def conv3x3(
     """Convolution with zero padding (SAME) and stride 1; channels last, any batch shape.
 
     The same function as `lax.conv_general_dilated(images, kernel, (1, 1), "SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"))`, with every derivative, `vmap`, `scan` and `remat`.
+    dimension_numbers=("NHWC", "HWIO", "NHWC"))`, with every derivative, `vmap`, `scan` and `remat`. A pixel that is
+    infinite or NaN may, on a CPU and with up to 16 channels, make NaN of up to three more columns beside it.
 
     **Arguments:**
 
@@ -125,7 +126,11 @@ def _wide_weight_grad(x, dy, padding=((1, 1), (1, 1))):
 
 
 def _weight_grad_cpu(x, dy):
-    """The same, summed over chunks of images that stay in the cache."""
+    """The same, summed over chunks of images that stay in the cache.
+
+    With chunks of twice the size an update of Myrtle5-64 takes 1.2 times as long. From 8 to 8 channels, pairs of
+    columns take 0.6 times as long as single ones, from 16 to 16, 0.8 to 1.2 times.
+    """
     x, dy = lax.optimization_barrier((x, dy))  # or XLA computes them again, element by element, as it transposes them
     num_images, height, width, in_channels = x.shape
     out_channels = dy.shape[-1]

@@ -148,6 +148,17 @@ def check_gradient(size, channels):
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [(3, 16), (8, 8), (16, 16), (17, 17)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_pixel_that_is_not_finite_is_not_lost_and_stays_near(value, channels):
+    rng = np.random.default_rng(2)
+    x, k = rng.normal(size=(2, 5, 16, channels[0])), rng.normal(size=(3, 3, *channels))
+    x[0, 2, 8, 1] = value
+    ours, theirs = (np.isfinite(conv(jnp.asarray(x), jnp.asarray(k))) for conv in (conv3x3, reference))
+    assert not np.any(ours & ~theirs)
+    assert np.all(ours[1]) and np.all(ours[0, :, :4]) and np.all(ours[0, :, 13:])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_keeps_the_dtype(dtype):
     rng = np.random.default_rng(2)
