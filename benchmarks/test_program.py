@@ -15,6 +15,7 @@ from eqx_dynloss import ensemble
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
+from experiments.problems.cifar import cpu_microbatch_size
 
 from .report import Row
 from .test_cifar import minibatch
@@ -40,7 +41,8 @@ def test_one_program_for_any_number_of_members(record):
         own = sum(leaf.nbytes for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array))
         jax.clear_caches()
         start = time.perf_counter()
-        peak = ensemble.peak_memory(states, *rest, num_steps=4, batch_size=batch, microbatch_size=8)
+        options = {"num_steps": 4, "batch_size": batch, "microbatch_size": cpu_microbatch_size(batch, width)}
+        peak = ensemble.peak_memory(states, *rest, **options)
         return time.perf_counter() - start, peak - own
 
     def find_out() -> list[Row]:

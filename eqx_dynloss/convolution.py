@@ -89,8 +89,8 @@ def _block_of_columns(in_channels, out_channels):
     """
     if in_channels > 16 or out_channels > 32:
         return 1
-    few = in_channels < 8
-    return (4 if few else 2) if out_channels <= 16 else (2 if few else 1)
+    most = 4 if in_channels < 8 else 2
+    return most if out_channels <= 16 else most // 2
 
 
 def _input_grad(dy, k):

@@ -123,10 +123,11 @@ def test_gradient_of_vmap_equals_xlas(axes):
     check(transform)
 
 
-@pytest.mark.parametrize("num_images", [1, 8, 9])
+@pytest.mark.parametrize("num_images", [1, 4, 8, 9])
 @pytest.mark.parametrize(
     "size, channels",
-    [((1, 1), (2, 3)), ((2, 3), (2, 3)), ((256, 127), (2, 3)), ((64, 65), (17, 16)), ((8, 8), (16, 16))],
+    [((32, 32), (2, 3)), ((1, 1), (2, 3)), ((64, 65), (2, 3)), ((2, 3), (2, 3)), ((256, 127), (2, 3))]
+    + [((32, 31), (16, 17)), ((64, 65), (17, 16)), ((1, 256), (16, 16)), ((256, 1), (16, 16)), ((8, 8), (16, 16))],
 )
 def test_weight_gradient_in_chunks_equals_the_whole(num_images, size, channels):
     check_gradient((num_images, *size), channels)
