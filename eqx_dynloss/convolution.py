@@ -63,7 +63,13 @@ _plain = ft.partial(
 
 def _conv(x, k):
     """[N,H,W,I], [3,3,I,O] → [N,H,W,O]"""
-    return _plain(x, k)
+    return _plain(_at_least_8_channels(x, 3), _at_least_8_channels(k, 2))
+
+
+def _at_least_8_channels(x, axis):
+    """Numbers of 16 bits with zeros up to 8 channels: for fewer, cuDNN has slow tensor-core kernels or none."""
+    missing = max(0, 8 - x.shape[axis]) if x.dtype.itemsize == 2 else 0
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
 def _conv_cpu(x, k):
@@ -107,22 +113,23 @@ def _transposed(k):
 
 
 def _weight_grad(x, dy):
-    """[N,H,W,I], [N,H,W,O] → [3,3,I,O]"""
-    return _wide_weight_grad(x, dy).astype(x.dtype)
+    """[N,H,W,I], [N,H,W,O] → [3,3,I,O]
 
-
-def _wide_weight_grad(x, dy, padding=((1, 1), (1, 1))):
-    """The same, in float32 for 16-bit inputs: it sums over many images and pixels.
-
-    Channels play the part of the batch, and the batch that of the channels.
+    A GPU sums in float32 by itself: asked for a float32 result, it would first write float32 copies of both operands.
     """
-    dw = _plain(
-        x.transpose(3, 1, 2, 0),
-        dy.transpose(1, 2, 0, 3),
-        padding=padding,
-        preferred_element_type=accumulation_dtype(x.dtype),
-    )
+    padded = _at_least_8_channels(x, 3)
+    return _weight_conv(padded, dy)[:, :, : x.shape[3]]
+
+
+def _weight_conv(x, dy, padding=((1, 1), (1, 1)), **options):
+    """Channels play the part of the batch, and the batch that of the channels."""
+    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), padding=padding, **options)
     return dw.transpose(1, 2, 0, 3)
+
+
+def _wide_weight_grad(x, dy, **options):
+    """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
+    return _weight_conv(x, dy, preferred_element_type=accumulation_dtype(x.dtype), **options)
 
 
 def _weight_grad_cpu(x, dy):

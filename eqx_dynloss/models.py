@@ -7,6 +7,8 @@ import jax
 import jax.nn.initializers as jinit
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .convolution import conv3x3
@@ -68,8 +70,21 @@ class Convolution(eqx.Module):
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, "height width out_channels"]:
-        out = conv3x3(x, self.kernel)
-        return out + jnp.broadcast_to(self.bias, out.shape)
+        """In the dtype of `x`."""
+        return _add_bias(conv3x3(x, self.kernel.astype(x.dtype)), self.bias)
+
+
+@jax.custom_jvp
+def _add_bias(x: Float[Array, "*shape channels"], bias: Float[Array, " channels"]) -> Float[Array, "*shape channels"]:
+    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+
+
+@_add_bias.defjvp
+def _(primals, tangents):
+    (x, bias), (dx, dbias) = primals, tangents
+    # In the dtype of the bias, in which its gradient is then a sum over images and pixels: in bfloat16 it is far off.
+    wide = dx.astype(bias.dtype) + jnp.broadcast_to(dbias, x.shape)
+    return _add_bias(x, bias), wide.astype(x.dtype)
 
 
 class Myrtle(eqx.Module):
@@ -79,6 +94,9 @@ class Myrtle(eqx.Module):
     layer; pools are 2×2 means. No normalisation, no dropout. At width 64: 112,960 weights and 266 biases. The
     initialisation (He-normal, zero biases) is this library's choice; the paper does not state one.
 
+    The images and activations, and the products and their gradients, may have another dtype than the parameters; the
+    sums over images and pixels that are the biases' gradients, the last mean and the linear layer keep the parameters'.
+
     ??? cite
 
         Shankar et al.: *Neural Kernels Without Tangents*, ICML 2020.
@@ -86,8 +104,24 @@ class Myrtle(eqx.Module):
 
     convolutions: tuple[Convolution, ...]
     head: eqx.nn.Linear
+    compute_dtype: np.dtype | None = eqx.field(static=True)
 
-    def __init__(self, width: int = 64, *, in_channels: int = 3, num_classes: int = 10, key: PRNGKeyArray):
+    def __init__(
+        self,
+        width: int = 64,
+        *,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        compute_dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `width`, `in_channels`, `num_classes`: channels of every convolution and of the images, and outputs.
+        - `compute_dtype`: of everything up to the last mean; `None` is that of the parameters, float32.
+            `jnp.bfloat16` is for GPUs: on a CPU it takes as long as float32, or longer.
+        """
+        self.compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
         keys = jr.split(key, 5)
         channels = (in_channels, width, width, width)
         self.convolutions = tuple(Convolution(c, width, key=k) for c, k in zip(channels, keys[:4], strict=True))
@@ -96,11 +130,24 @@ class Myrtle(eqx.Module):
     def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, " num_classes"]:
         """`x` is one image, channels last, its height and width divisible by 4."""
         first, second, third, fourth = self.convolutions
-        x = jax.nn.relu(first(x))
-        x = _pool(jax.nn.relu(second(x)))
-        x = _pool(jax.nn.relu(third(x)))
-        x = jax.nn.relu(fourth(x))
-        return self.head(jnp.mean(x, (0, 1)))
+        x = x.astype(self.compute_dtype or self.head.weight.dtype)
+        x = _relu(first(x))
+        x = _pool(_relu(second(x)))
+        x = _pool(_relu(third(x)))
+        x = _relu(fourth(x))
+        return self.head(jnp.mean(x.astype(self.head.weight.dtype), (0, 1)))
+
+
+@jax.custom_jvp
+def _relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """ReLU, differentiated by its output: a GPU then fuses it into the convolution, whose own output nobody needs."""
+    return jnp.maximum(x, 0)
+
+
+@_relu.defjvp
+def _(primals, tangents):
+    y = _relu(*primals)
+    return y, jnp.where(y != 0, *tangents, 0)  # XLA would make x > 0 of y > 0
 
 
 @jax.custom_jvp

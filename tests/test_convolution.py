@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from eqx_dynloss import convolution
 from eqx_dynloss.convolution import conv3x3
 
 from .helpers import tree_allclose, undecorated
@@ -183,6 +184,20 @@ def test_sums_over_many_pixels_in_enough_precision(dtype, channels):
         error = np.linalg.norm(ours.astype(float) - theirs) / np.linalg.norm(theirs)
         # 16-bit numbers are summed in float32, which itself rounds at each of the 16,384 terms, like XLA's convolution.
         assert error < (10 if dtype == jnp.float32 else 2) * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("channels", [(3, 16), (1, 4), (8, 3), (9, 17)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_what_gpus_run_are_the_same_three_maps(dtype, channels):
+    """With small whole numbers, so that 16 bits hold every sum exactly."""
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.integers(-1, 2, shape), dtype)
+    x, k, dy = draw(2, 4, 5, channels[0]), draw(3, 3, *channels), draw(2, 4, 5, channels[1])
+    out, pullback = jax.vjp(reference, x.astype(float), k.astype(float))
+    ours = convolution._conv(x, k), convolution._input_grad(dy, k), convolution._weight_grad(x, dy)
+    for actual, expected in zip(ours, (out, *pullback(dy.astype(float))), strict=True):
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual.astype(float), expected)
 
 
 def test_members_never_make_a_grouped_convolution():

@@ -85,6 +85,49 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
         assert np.abs(np.asarray(ours) - theirs).sum() <= tolerance * np.abs(theirs).sum()
 
 
+@pytest.mark.parametrize(
+    "compute_dtype, precision, tolerance", [(None, "float32", 1e-4), (None, None, 5e-3), ("bfloat16", None, 2e-2)]
+)
+@pytest.mark.parametrize("width, size", [(64, 32), (16, 32), (5, 12)])
+def test_every_gradient_of_a_network_is_that_of_float64(width, size, compute_dtype, precision, tolerance):
+    rng = np.random.RandomState(0)
+    pixels, labels = rng.randn(64, size, size, 3) + 1, jnp.arange(64) % 2
+    with jax.default_device(jax.devices("cpu")[0]):
+        start = jax.tree.map(np.asarray, jax.tree.leaves(Myrtle(width, key=jr.key(0))))
+
+    def gradient(dtype, device):
+        with jax.default_device(device):
+            like = Myrtle(width, compute_dtype=compute_dtype if dtype == "float32" else None, key=jr.key(0))
+            model = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(leaf, dtype) for leaf in start])
+            loss = DynamicalLoss(OscillatingWeights(10, 3.0, 5))
+            outputs = lambda model: jax.vmap(model)(jnp.asarray(pixels, dtype))
+            return jax.tree.leaves(jax.jit(jax.grad(lambda model: loss(outputs(model), labels, 2)))(model))
+
+    with jax.enable_x64(True):
+        expected = gradient("float64", jax.devices("cpu")[0])
+    with jax.default_matmul_precision(precision):
+        actual = gradient("float32", jax.devices("gpu")[0])
+    for ours, theirs in zip(actual, map(np.asarray, expected), strict=True):
+        assert ours.dtype == jnp.float32 and ours.devices() == {jax.devices("gpu")[0]}
+        assert np.linalg.norm(np.asarray(ours) - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
+def test_a_pixel_that_is_not_a_number_ends_in_nan(compute_dtype):
+    model = Myrtle(16, compute_dtype=compute_dtype, key=jr.key(0))
+    pixels = jnp.ones((8, 32, 32, 3)).at[1, 3, 3, 0].set(jnp.nan)
+    gradient = jax.jit(jax.grad(lambda model: jnp.mean(jax.vmap(model)(pixels) ** 2)))(model)
+    assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_bfloat16_trains_as_float32():
+    losses = [
+        train(lambda key: Myrtle(16, compute_dtype=dtype, key=key), images(64, 32), steps=40, batch_size=32)  # noqa: B023
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert np.allclose(*losses, rtol=5e-2) and not np.array_equal(*losses)
+
+
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-4), (None, 2e-2)])
 def test_images_train_as_on_a_cpu(precision, tolerance):
     data = images(64)

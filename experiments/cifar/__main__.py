@@ -15,7 +15,7 @@ import tyro
 import xarray as xr
 
 from ..problems import images
-from ..problems.cifar import PRESETS, Preset, Problem, as_many_steps, parse_period
+from ..problems.cifar import PRESETS, ComputeDtype, Preset, Problem, as_many_steps, parse_period
 from ..results.files import file_name
 from ..running.flags import LEAST, RunFlags, require, require_different
 from ..running.session import Session
@@ -63,6 +63,8 @@ class Config:
     """Validate on the first so many examples only."""
     evaluations: Annotated[int | None, _of_preset("INT")] = None
     """How often the validation set is evaluated during training."""
+    compute_dtype: ComputeDtype = "float32"
+    """What the network computes in. bfloat16 is for GPUs; parameters, loss and optimiser are float32 in any case."""
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     """auto falls back to scikit-learn's digits, loudly, when CIFAR-10 is neither on disk nor reachable."""
     data_dir: Annotated[
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> bool:
         data = images.load(config.dataset, config.data_dir, tell=tell)
         if config.epochs is None:
             preset = as_many_steps(preset, data)
-        problem = Problem.of(preset, data, config.seeds, config.momentum, config.stop_epoch)
+        problem = Problem.of(preset, data, config.seeds, config.momentum, config.stop_epoch, config.compute_dtype)
         configuration = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
         run.open(f"cifar-{data.name}", data.name, configuration | {"dataset": data.name, "preset": name})
         reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"

@@ -29,7 +29,7 @@ _CURVATURE_IMAGES = 500  # of CIFAR-10's training set, for the Hessian
 _PERIODS = {"spiral": "log:50:5000:7", "cifar": "5,10,20,40"}
 _OF_ONE = {  # flags that mean something for one experiment only
     "spiral": ("loss", "init", "updates"),
-    "cifar": ("epochs", "train_examples", "validation_examples", "dataset", "data_dir"),
+    "cifar": ("epochs", "train_examples", "validation_examples", "compute_dtype", "dataset", "data_dir"),
 }
 
 
@@ -73,6 +73,8 @@ class Config:
     """Train on the first so many images of CIFAR-10."""
     validation_examples: Annotated[int | None, _default("INT", "2000")] = None
     """Validate on the first so many images of CIFAR-10."""
+    compute_dtype: cifar.ComputeDtype = "float32"
+    """What Myrtle5 computes in. bfloat16 is for GPUs."""
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     """For --experiment cifar: auto falls back to scikit-learn's digits, loudly, when CIFAR-10 cannot be had."""
     data_dir: Annotated[Path | None, _default("PATH", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
@@ -159,7 +161,14 @@ def cifar_diagram(run: Session[Config]) -> xr.Dataset:
     data = images.load(config.dataset, config.data_dir, tell=tell)
     if config.epochs is None:
         preset = cifar.as_many_steps(preset, data)
-    problem = cifar.Problem.of(preset, data, config.seeds, observe=largest_eigenvalue, keep_steps=False)
+    problem = cifar.Problem.of(
+        preset,
+        data,
+        config.seeds,
+        compute_dtype=config.compute_dtype,
+        observe=largest_eigenvalue,
+        keep_steps=False,
+    )
     configuration = dataclasses.asdict(config) | problem.sizes | {"dataset": data.name, "epochs": preset.epochs}
     run.open(f"phase-{data.name}", data.name, configuration)
     console.print(announcement([problem.task], problem.work))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -26,6 +26,7 @@ from ..running.task import Plan, Task, chunk_length
 from .images import ImageData
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Problem:
     preset: Preset
     steps_per_epoch: int
     periods: list[float]  # in steps
+    compute_dtype: ComputeDtype
     task: Task
 
     @classmethod
@@ -69,6 +71,7 @@ class Problem:
         num_seeds: int,
         momentum: float = 0.9,
         stop_epoch: float | None = None,
+        compute_dtype: ComputeDtype = "float32",
         **plan: Any,
     ) -> "Problem":
         """**Arguments:**
@@ -76,6 +79,7 @@ class Problem:
         - `preset`: the protocol.
         - `num_seeds`: members per loss. Member s of every loss has the same initial weights and order of examples.
         - `stop_epoch`: the epoch at which the oscillation stops; by default 6/7 of them.
+        - `compute_dtype`: what the network computes in; see `eqx_dynloss.models.Myrtle`.
         - `plan`: what the plan has besides the protocol, such as observations.
         """
         train_data, validation_data = datasets(images, preset)
@@ -94,7 +98,7 @@ class Problem:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
         members = Members(
-            make_model=lambda key: Myrtle(preset.width, key=key),
+            make_model=lambda key: Myrtle(preset.width, compute_dtype=compute_dtype, key=key),
             optimiser=nesterov(preset.learning_rate, momentum, num_steps),
             losses=DynamicalLoss(OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop)),
             coordinates=coordinates,
@@ -114,7 +118,7 @@ class Problem:
             plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
             cpu_seconds=per_image * (num_steps * images_per_step + evaluated),
         )
-        return cls(images, preset, steps_per_epoch, periods, task)
+        return cls(images, preset, steps_per_epoch, periods, compute_dtype, task)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,7 +130,9 @@ class Problem:
         """What a member is trained on, in words."""
         sizes = " + ".join(f"{size:,}" for size in self.sizes.values())
         steps = f"{self.task.plan.num_steps:,} steps of {self.preset.batch_size} images"
-        return f"{steps} | {dataset_title(self.images.name)}, {sizes} images"
+        no_faster = " (no faster than float32 on a CPU)" if jax.devices()[0].platform == "cpu" else ""
+        rounded = f" | {self.compute_dtype}{no_faster}" if self.compute_dtype != "float32" else ""
+        return f"{steps} | {dataset_title(self.images.name)}, {sizes} images{rounded}"
 
     def results(self, measured: xr.Dataset) -> xr.Dataset:
         """What `train` gave, with named dimensions and what it says of the run."""
@@ -139,6 +145,7 @@ class Problem:
             dataset=self.images.name,
             source=self.images.source,
             device=devices(),
+            compute_dtype=self.compute_dtype,
             finished=measured.finished,
             steps_done=round(measured.steps_done),
             steps_planned=plan.num_steps,

@@ -22,8 +22,13 @@ def kernels(compiled: jax.stages.Compiled) -> list[Kernel]:
     One operation that runs on the device counts as one, even where XLA or a library may take several launches for it: a
     sort, a convolution.
     """
+    return [kernel for kernel, _ in results(compiled)]
+
+
+def results(compiled: jax.stages.Compiled) -> list[tuple[Kernel, str]]:
+    """Each launch with the type of what it writes, in XLA's words: `bf16[512,32,32,64]{3,2,1,0}`."""
     program = _parse(compiled)
-    return [_kernel(op) for op in _launches(program, program["ENTRY"])]
+    return [(_kernel(op), op.type) for op in _launches(program, program["ENTRY"])]
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[str]:

@@ -61,7 +61,7 @@ def linear(monkeypatch):
     class Linear(eqx.Module):
         layer: eqx.nn.Linear
 
-        def __init__(self, width, *, key):
+        def __init__(self, width, *, compute_dtype, key):
             self.layer = eqx.nn.Linear(16 * 16 * 3, 10, key=key)
 
         def __call__(self, x):
@@ -385,6 +385,21 @@ def test_the_same_command_gives_the_same_arrays(results, run_directory, tmp_path
 
 
 # Other ways for a run to go
+
+
+def test_the_network_may_compute_in_bfloat16(results, run_directory, tmp_path, capsys):
+    out = tmp_path / "rounded"
+    arguments = [str(out) if a == str(run_directory.path) else a for a in run_directory.arguments]
+    assert command(*arguments, "--compute-dtype", "bfloat16") == 0
+    assert "bfloat16 (no faster than float32 on a CPU)" in capsys.readouterr().out.splitlines()[0]
+    rounded = files.load(out / "digits_results.nc")
+    assert (results.attrs["compute_dtype"], rounded.attrs["compute_dtype"]) == ("float32", "bfloat16")
+    assert "- compute dtype: `bfloat16`" in (out / "digits_summary.md").read_text()
+    assert json.loads((out / "digits_config.json").read_text())["compute_dtype"] == "bfloat16"
+    np.testing.assert_allclose(rounded.minibatch_loss, results.minibatch_loss, rtol=0.02)
+    assert (rounded.minibatch_loss != results.minibatch_loss).any()
+    assert command("--resume", out, "--compute-dtype", "float32") == 2
+    assert "--compute-dtype bfloat16, not float32" in capsys.readouterr().err
 
 
 def test_auto_falls_back_to_digits_and_says_so_everywhere(linear, tmp_path, capsys):

@@ -69,11 +69,13 @@ def test_a_diagram_of_the_spiral(tmp_path, capsys):
 def test_a_diagram_of_images_and_of_several_waves(tmp_path, capsys):
     flags = "--experiment cifar --dataset digits --amplitudes 1,5 --periods 2,0.5ep --widths 1 --seeds 2 --epochs 1"
     arguments = [*flags.split(), *"--train-examples 128 --validation-examples 20 --evaluations 1 --wave 4".split()]
+    arguments += ["--compute-dtype", "bfloat16"]
     assert command(*arguments, "--out", "run") == 0
     assert "digits" in capsys.readouterr().out
     results = files.load(tmp_path / "run" / "digits_results.nc")
     assert results.period.values.tolist() == [1, 2] or results.period.values.tolist() == [2, 1]
     assert np.isfinite(results.hessian_max).all() and results.hessian_max.sizes["seed"] == 2
+    assert results.attrs["compute_dtype"] == "bfloat16"
     plan = json.loads((tmp_path / "run" / "checkpoint" / "plan.json").read_text())
     assert plan["wave"] == 4 and len(list((tmp_path / "run" / "checkpoint").glob("wave-*"))) == 2
 
@@ -110,6 +112,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, capsys):
     ("--experiment cifar --widths 4,8", "one width"),
     ("--experiment cifar --loss squared-unit", "--loss has no meaning for --experiment cifar"),
     ("--experiment cifar --updates 7", "--updates has no meaning for --experiment cifar"),
+    ("--compute-dtype bfloat16", "--compute-dtype has no meaning for --experiment spiral"),
     ("--epochs 7", "--epochs has no meaning for --experiment spiral"),
 ])  # fmt: skip
 def test_wrong_use_is_one_sentence_and_2(flags, part, tmp_path, capsys):

@@ -1,0 +1,84 @@
+"""What XLA makes of an update of Myrtle5 on an H100, which need not be there (`pip install -e ".[test,aot]"`)."""
+
+import collections
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+
+from eqx_dynloss import train
+from eqx_dynloss.loss import DynamicalLoss
+from eqx_dynloss.models import Myrtle
+from eqx_dynloss.schedule import OscillatingWeights
+
+from .kernels import deviceless, hlo
+
+pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
+
+BATCH = 512
+# An activation is large, and so is its gradient; the smallest is that of the last convolution, 8 × 8 × 64 an image.
+LARGE = BATCH * 8 * 8 * 64
+CONVOLUTIONS = {
+    "__cudnn$convBiasActivationForward": 4,
+    "__cudnn$convBackwardInput": 3,
+    "__cudnn$convBackwardFilter": 4,
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def compiled(request):
+    """The name of a dtype in XLA, and the program of an update of Myrtle5-64 on bytes."""
+    optimiser, loss = optax.sgd(0.02, 0.9, nesterov=True), DynamicalLoss(OscillatingWeights(10, 10.0, 100))
+    make_model = lambda key: Myrtle(64, compute_dtype=request.param, key=key)
+    state = eqx.filter_eval_shape(lambda key: train.init(make_model, optimiser, key), jr.key(0))
+    is_array = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    arrays, static = eqx.partition(state, is_array)
+
+    def update(arrays, images, labels):
+        images = images.astype(jnp.float32) / 255
+        state, metrics = train.train_step(eqx.combine(arrays, static), loss, optimiser, images, labels)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    images = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    program = deviceless.compile_for("h100", update, arrays, images, labels)
+    return {"float32": "f32", "bfloat16": "bf16"}[request.param], program
+
+
+def written(program):
+    """Of every launch its kind, and of each array that it writes the dtype, the shape and the layout."""
+    for kernel, types in hlo.results(program):
+        for dtype, shape, layout in re.findall(r"\b(\w+)\[([\d,]*)\]\{([\d,]*)", types):
+            yield kernel.kind, dtype, tuple(map(int, shape.split(","))), layout
+
+
+def test_every_convolution_has_the_compute_dtype_and_channels_last(compiled):
+    dtype, program = compiled
+    convolutions = [line for line in program.as_text().splitlines() if "__cudnn$conv" in line]
+    assert len(convolutions) == 11 and all("dim_labels=b01f_o01i->b01f" in line for line in convolutions)
+    results = [result for result in written(program) if "cudnn" in result[0] and result[2] != (0,)]
+    assert {result[1::2] for result in results} == {(dtype, "3,2,1,0")}
+    assert collections.Counter(kind for kind, *_ in results) == CONVOLUTIONS
+
+
+def test_bias_and_relu_are_part_of_the_convolution(compiled):
+    _, program = compiled
+    forward = [line for line in program.as_text().splitlines() if "convBiasActivationForward" in line]
+    assert len(forward) == 4 and all('"activation_mode":"kRelu"' in line for line in forward)
+
+
+def test_no_activation_is_written_in_another_dtype(compiled):
+    dtype, program = compiled
+    large = [(kind, found) for kind, found, shape, _ in written(program) if jnp.prod(jnp.array(shape)) >= LARGE]
+    assert large and all(found == dtype for _, found in large)
+
+
+def test_an_update_moves_no_more_than_it_must(compiled):
+    """Gigabytes; in float32 it was 2.6 when ReLU was differentiated by its input."""
+    dtype, program = compiled
+    assert hlo.memory_bytes(program) < {"f32": 2.4e9, "bf16": 1.25e9}[dtype]
+    assert hlo.temporary_bytes(program) < {"f32": 0.56e9, "bf16": 0.3e9}[dtype]
