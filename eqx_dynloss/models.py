@@ -146,8 +146,8 @@ def _relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @_relu.defjvp
 def _(primals, tangents):
-    y = _relu(*primals)
-    return y, jnp.where(y != 0, *tangents, 0)  # XLA would make x > 0 of y > 0
+    y, (dx,) = _relu(*primals), tangents
+    return y, jnp.where(y != 0, dx, 0)  # XLA would make x > 0 of y > 0
 
 
 @jax.custom_jvp
