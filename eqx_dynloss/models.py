@@ -18,7 +18,7 @@ from .linear import hidden_layer, last_layer
 class MLP(eqx.Module):
     """A fully connected ReLU network: the paper's for the spiral with 2 inputs, width 100 and 3 outputs.
 
-    With up to four inputs, an infinite one makes every output NaN (see `eqx_dynloss.linear`).
+    With up to four inputs, an infinite one makes every output NaN on a CPU (see `eqx_dynloss.linear`).
     """
 
     layers: tuple[eqx.nn.Linear, ...]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from eqx_dynloss import models
+from eqx_dynloss import linear, models
 from eqx_dynloss.loss import softmax_cross_entropy
 from eqx_dynloss.models import MLP, Convolution, Myrtle
 
@@ -37,6 +37,14 @@ def test_mlp_is_its_layers_one_after_another(getkey, in_size, depth, use_bias):
         expected = np.maximum(expected, 0) if number < depth else expected
     np.testing.assert_allclose(jax.vmap(model)(x), expected, rtol=1e-5, atol=1e-6)
     assert jnp.all(jnp.isnan(model(x[0].at[0].set(jnp.nan))))
+
+
+@pytest.mark.parametrize("in_size, out_size, use_bias", [(2, 3, True), (1, 1, True), (4, 4, False), (3, 2, False)])
+def test_what_other_platforms_than_a_cpu_run_is_the_same_layer(in_size, out_size, use_bias, getkey, x64):
+    layer = MLP(in_size, 1, out_size, depth=0, init="glorot", use_bias=use_bias, key=getkey()).layers[0]
+    x = jr.normal(getkey(), (in_size,))
+    assert tree_allclose(linear._few_inputs(layer.weight, layer.bias, x), layer(x))
+    assert tree_allclose(linear._few_outputs(layer.weight, x), layer.weight @ x)
 
 
 @pytest.mark.parametrize("in_size, width, depth", [(2, 100, 1), (1, 7, 1), (4, 3, 2), (5, 7, 1)])
