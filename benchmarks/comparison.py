@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .agreement import require_agreement
 from .contestant import Absent, Contestant
-from .device_time import device_seconds
+from .device_time import Profile, profile
 from .report import Row
 
 INTERLEAVED = "interleaved"  # where a benchmark's `extra_info` names its contestants in the order of the first round
@@ -42,12 +42,13 @@ class Compare:
 
     **Fields:**
 
-    - `timed`: whether this run times anything (`--benchmark`), or only calls everything once, for which small problems
-        are enough.
+    - `timed`: whether this run times anything (`--benchmark`), or only calls everything once.
+    - `full`: whether problems have their full size. Where nothing is timed, or in a rehearsal, small ones are enough.
     """
 
-    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool, copy_rate: float | None):
+    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool, full: bool, copy_rate: float | None):
         self.timed = timed
+        self.full = full
         self._benchmark = benchmark
         self._rows = rows
         self._copy_rate = copy_rate
@@ -81,7 +82,7 @@ class Compare:
         - `view`: what of a result to compare, such as a few rows of it.
         - `tolerance`: see `require_agreement`.
         - `work`: what a call does, for a rate.
-        - `budget_s`: seconds that the rounds may take; `min_rounds` comes first.
+        - `budget_s`: seconds that the rounds may take, hardly any in a rehearsal; `min_rounds` comes first.
         - `min_rounds`: the least number of rounds.
 
         **Returns:** the comparison's rows of the table; empty if nothing is timed.
@@ -105,6 +106,7 @@ class Compare:
         rehearsal = [_seconds_of_a_call(contestant) for contestant in contestants]
         short = [c for c, seconds in zip(contestants, rehearsal, strict=True) if seconds < LONG_CALL_S]
         a_round = sum(seconds * (1 + (seconds < LONG_CALL_S)) for seconds in rehearsal)
+        budget_s = budget_s if self.full else min(budget_s, 0.1)
         rounds = int(np.clip(budget_s / a_round, min_rounds, max(min_rounds, MAX_ROUNDS)))
         order = rotated(contestants, rounds)
         seconds = [] if short else rehearsal
@@ -148,6 +150,7 @@ class Compare:
             rate = work.amount / seconds
             copy_share = rate / self._copy_rate if work.unit == "GB" and self._copy_rate else None
         low, middle, high = np.quantile(times / first, (0.25, 0.5, 0.75))
+        profiled = _profile(contestant, seconds)
         return Row(
             subject,
             case,
@@ -159,7 +162,8 @@ class Compare:
             rate_unit=work and work.unit,
             work=work and work.counts,
             copy_share=copy_share,
-            device_seconds=_device_seconds(contestant, seconds),
+            device_seconds=profiled and profiled.busy_seconds,
+            kernel_seconds=profiled and profiled.kernel_seconds,
             lower_s=contestant.lower_s,
             compile_s=contestant.compile_s,
             temp_bytes=contestant.temp_bytes,
@@ -172,11 +176,12 @@ class Record:
 
     **Fields:**
 
-    - `timed`: as for `Compare`.
+    - `timed`, `full`: as for `Compare`.
     """
 
-    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool):
+    def __init__(self, benchmark: BenchmarkFixture, rows: list[Row], timed: bool, full: bool):
         self.timed = timed
+        self.full = full
         self._benchmark = benchmark
         self._rows = rows
 
@@ -204,11 +209,11 @@ def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
     return order
 
 
-def _device_seconds(contestant: Contestant, seconds: float) -> float | None:
+def _profile(contestant: Contestant, seconds: float) -> Profile | None:
     """Of a tenth of a second or of one call: reading a profile takes long beside the calls that are in it."""
     if jax.default_backend() != "gpu":
         return None
-    return device_seconds(contestant.call, repeats=max(1, min(10, int(0.1 / seconds))))
+    return profile(contestant.call, repeats=max(1, min(10, int(0.1 / seconds))))
 
 
 def _run(contestant: Contestant) -> Any:

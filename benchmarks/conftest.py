@@ -3,9 +3,11 @@
 pytest-benchmark does the timing and owns the fixture `benchmark` and the options `--benchmark-…`.
 """
 
+import json
 import warnings
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,12 +23,23 @@ COPY_RATE = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    # The default is explicit: it is what getoption gives where this file is found after the command line was read.
-    parser.getgroup("benchmark").addoption(
+    group = parser.getgroup("benchmark")
+    # The defaults are explicit: they are what getoption gives where this file is found after the command line was read.
+    group.addoption(
         "--benchmark",
         action="store_true",
         default=False,
         help="Time the benchmarks, print a table, write a JSON file. Without it each runs once on a small problem.",
+    )
+    group.addoption(
+        "--rehearse", action="store_true", default=False, help="With --benchmark: time small problems all the same."
+    )
+    group.addoption(
+        "--rows",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="With --benchmark: add each row of the table to a file of JSON lines, as soon as it is known.",
     )
 
 
@@ -65,15 +78,35 @@ def quick_compilation(request):
 
 
 @pytest.fixture
-def compare(request, benchmark, copy_rate):
+def compare(request, benchmark, copy_rate, new_rows):
     """Runs one comparison: see `Compare`."""
-    return Compare(benchmark, request.config.stash[ROWS], request.config.getoption("--benchmark"), copy_rate)
+    return Compare(benchmark, new_rows, *_extent(request.config), copy_rate)
 
 
 @pytest.fixture
-def record(request, benchmark):
+def record(request, benchmark, new_rows):
     """Adds rows that are not of a race to the table: see `Record`."""
-    return Record(benchmark, request.config.stash[ROWS], request.config.getoption("--benchmark"))
+    return Record(benchmark, new_rows, *_extent(request.config))
+
+
+@pytest.fixture
+def new_rows(request):
+    """The rows of one test, which become part of those of the run."""
+    rows: list[Row] = []
+    yield rows
+    request.config.stash[ROWS] += rows
+    if path := request.config.getoption("--rows"):
+        lines = [{key: value for key, value in asdict(row).items() if value is not None} for row in rows]
+        if not path.exists():
+            lines = [{"machine_info": environment()}, *lines]
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _extent(config) -> tuple[bool, bool]:
+    """Whether anything is timed, and whether problems have their full size."""
+    timed = config.getoption("--benchmark")
+    return timed, timed and not config.getoption("--rehearse")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

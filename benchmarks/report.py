@@ -24,6 +24,8 @@ class Row:
     - `work`: what the work counts.
     - `copy_share`: the rate as a fraction of the bandwidth that a copy reached in the same run.
     - `device_seconds`: time that a GPU was busy with a call.
+    - `kernel_seconds`: time of each of its kernels, by name.
+    - `errors`: relative errors of its results, by name.
     - `lower_s`, `compile_s`, `temp_bytes`, `peak_bytes`: see `Contestant`.
     - `launches`, `kernels`: how many kernels a program for a GPU launches, and how many of each kind.
     - `moved_bytes`, `moved_per`: device memory that it reads and writes, and the number by which the table divides it.
@@ -41,6 +43,8 @@ class Row:
     work: str | None = None
     copy_share: float | None = None
     device_seconds: float | None = None
+    kernel_seconds: dict[str, float] | None = None
+    errors: dict[str, float] | None = None
     lower_s: float | None = None
     compile_s: float | None = None
     temp_bytes: int | None = None
@@ -57,7 +61,7 @@ LEGEND = """\
 ms: median over the rounds. In a round each contestant is timed once, in varying order, each right after an untimed
 call of its own. ratio: its time / the first contestant's in the same round (above 1 the first is faster), median and
 quartiles over the rounds. compile: XLA's part, tracing and lowering left out. temp, peak: memory by the compiler's
-account."""
+account. error: the largest of its relative errors."""
 
 
 def summary(rows: Sequence[Row], copy_rate: float | None) -> list[str]:
@@ -79,8 +83,8 @@ def summary(rows: Sequence[Row], copy_rate: float | None) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    header = ["case", "contestant", "ms", "ratio", "quartiles", "rate", "% copy", "device ms", "launches", "moved MiB",
-              "B/logit", "temp MiB", "peak MiB", "compile s"]  # fmt: skip
+    header = ["case", "contestant", "ms", "ratio", "quartiles", "rate", "% copy", "device ms", "error, %", "launches",
+              "moved MiB", "B/logit", "temp MiB", "peak MiB", "compile s"]  # fmt: skip
     body, notes = [], {}
     for case, group in itertools.groupby(rows, lambda row: row.case):
         for index, row in enumerate(group):
@@ -109,6 +113,7 @@ def _cells(row: Row) -> list[str]:
         "" if row.rate is None else f"{_digits(row.rate)} {row.rate_unit}/s",
         "" if row.copy_share is None else f"{100 * row.copy_share:.0f}",
         _digits(row.device_seconds, 1e3),
+        "" if row.errors is None else _digits(max(row.errors.values()), 100),
         "" if row.launches is None else str(row.launches),
         _digits(row.moved_bytes, 2**-20),
         "" if row.moved_bytes is None or row.moved_per is None else _digits(row.moved_bytes / row.moved_per),

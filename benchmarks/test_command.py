@@ -26,7 +26,7 @@ FLAGS = "--dataset digits --seeds 2 --epochs 4 --evaluations 4".split()  # four 
 
 def test_time_to_the_first_chunk(record, tmp_path):
     """The first start compiles; the second finds what the first has compiled."""
-    if not record.timed:
+    if not record.full:
         pytest.skip("takes as long where nothing is timed; the command has tests of its own")
 
     def seconds(name: str) -> float:
@@ -57,7 +57,7 @@ def test_time_to_the_first_chunk(record, tmp_path):
 def test_share_of_the_compiled_program(record):
     """What is around the program: dispatch, fetching of metrics, reports. Checkpoints, every few minutes, are not."""
     preset = dataclasses.replace(PRESETS["quick"], epochs=3, evaluations=3)
-    if not record.timed:
+    if not record.full:
         preset = dataclasses.replace(preset, width=4, epochs=2)
     task = Problem.of(preset, images.load("digits"), num_seeds=1).task
     real, spans = ensemble.train_chunk, []

@@ -47,9 +47,9 @@ def one_device(monkeypatch):
 
 @pytest.mark.parametrize("workload, dtype", CASES)
 def test_loss(record, workload: Workload, dtype: str):
-    if not record.timed and dtype != workload.dtypes[0]:
+    if not record.full and dtype != workload.dtypes[0]:
         pytest.skip("one dtype is enough where nothing is timed")
-    workload = workload.on("gpu") if record.timed else workload.small
+    workload = workload.on("gpu") if record.full else workload.small
     args = (
         jax.ShapeDtypeStruct(workload.shape, jnp.dtype(dtype)),
         jax.ShapeDtypeStruct(workload.batch, jnp.int32),
@@ -66,7 +66,7 @@ def test_loss(record, workload: Workload, dtype: str):
         ours = row("ours", weighted_mean(None))
         picked, other = ("pallas", "xla") if "pallas" in (ours.kernels or {}) else ("xla", "pallas")
         ours = dataclasses.replace(ours, contestant=f"ours: {IMPLEMENTATIONS[picked]}")
-        if not record.timed:
+        if not record.full:
             return [ours]
         return [
             ours,
@@ -82,7 +82,7 @@ def test_ensemble_step(record):
     case = "one member after another"
     (row,) = record(lambda: [compiled_row(STEP, case, "ours", *ensemble_step())])
     assert 0 < row.temp_bytes < 80 * 2**30
-    if record.timed:
+    if record.full:
         print(f"{STEP}, {case}: {row.kernels}")
 
 
@@ -90,10 +90,10 @@ def test_convolution_forms(record):
     """Of `conv3x3`, which maps over the members, each launch of the loop's body is listed once; the traffic counts as
     often as it runs. The arithmetic is the same in all forms, 889 to 932 GFLOP as XLA counts them before it optimises.
     """
-    size = 32 if record.timed else 8
+    size = 32 if record.full else 8
     images = jax.ShapeDtypeStruct((MEMBERS, BATCH, size, size, WIDTH), jnp.float32)
     kernels = jax.ShapeDtypeStruct((MEMBERS, 3, 3, WIDTH, WIDTH), jnp.float32)
-    forms = FORMS if record.timed else {"ours, mapped": FORMS["ours, mapped"]}
+    forms = FORMS if record.full else {"ours, mapped": FORMS["ours, mapped"]}
     case = f"{MEMBERS} members"
     record(
         lambda: [

@@ -20,14 +20,14 @@ TF32 = 2e-3  # NVIDIA's matrix units round float32 factors to 11 bits
 
 
 def test_the_forms_are_the_same_function(compare: Compare):
-    if compare.timed:
+    if compare.full:
         pytest.skip("timed ones are compared as well")
     race(compare, 2, 3, 8, 4)
 
 
 @pytest.mark.parametrize("members, batch, size, channels", CASES)
 def test_forms(compare: Compare, members: int, batch: int, size: int, channels: int):
-    if not compare.timed or jax.default_backend() == "cpu":
+    if not compare.full or jax.default_backend() == "cpu":
         pytest.skip("a size for a GPU; on a CPU some forms take a minute, and test_cifar.py compares whole updates")
     race(compare, members, batch, size, channels)
 

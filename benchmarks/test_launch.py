@@ -44,7 +44,7 @@ def kernel(chosen: Launch, monkeypatch) -> Callable[[Array, Array, Array], Array
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("classes", CLASSES)
 def test_launch(compare: Compare, monkeypatch, classes: int, dtype: str):
-    if not compare.timed or jax.default_backend() != "gpu":
+    if not compare.full or jax.default_backend() != "gpu":
         pytest.skip("times a kernel on a GPU")
     workload = Workload("launch", ACCELERATOR_LOGITS // classes, classes)
     problem = [jnp.asarray(array) for array in make_problem(workload, dtype)]

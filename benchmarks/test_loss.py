@@ -42,9 +42,9 @@ CASES = [pytest.param(load, dtype, id=f"{load}-{dtype}") for load in WORKLOADS f
 @pytest.mark.parametrize("workload, dtype", CASES)
 def test_loss(compare: Compare, workload: Workload, dtype: str):
     platform = jax.default_backend()
-    if compare.timed and platform == "cpu" and workload in (VOCAB_GPT2, VOCAB_128K, VOCAB_256K):
+    if compare.full and platform == "cpu" and workload in (VOCAB_GPT2, VOCAB_128K, VOCAB_256K):
         pytest.skip("a CPU's ratios are those of the 32,768 classes, and there are minutes to save")
-    workload = workload.on(platform) if compare.timed else workload.small
+    workload = workload.on(platform) if compare.full else workload.small
     logits, labels, weights = make_problem(workload, dtype)
     checked = np.unique(np.linspace(0, workload.rows - 1, CHECKED_ROWS).astype(int))
     compare(

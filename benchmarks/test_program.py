@@ -26,7 +26,7 @@ SUBJECT = "The program of a chunk of training: Myrtle5-64, minibatch 512, one de
 
 
 def test_one_program_for_any_number_of_members(record):
-    width, batch, sizes, rounds = (64, 512, (2, 64), 2) if record.timed else (4, 16, (2, 16), 1)
+    width, batch, sizes, rounds = (64, 512, (2, 64), 2) if record.full else (4, 16, (2, 16), 1)
     data, optimiser = minibatch(batch, 32), optax.sgd(0.01, 0.9, nesterov=True)
     make_model = lambda key: Myrtle(width, key=key)
 

@@ -38,8 +38,8 @@ class Task:
     momentum: float
 
 
-def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Absent:
-    """One network after another, channels last, eager or by `torch.compile`."""
+def sequential(task: Task, name: str, compiled: bool = False, rounded: bool = False) -> Contestant | Absent:
+    """One network after another, channels last, eager or by `torch.compile`, and `rounded` to bfloat16 by autocast."""
     torch = _torch()
     if isinstance(torch, str):
         return Absent(name, torch)
@@ -55,7 +55,9 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
             optimiser = problem.optimiser(network.parameters())
             for t in range(task.steps):
                 optimiser.zero_grad()
-                loss = problem.loss(run(problem.images), t)
+                with torch.autocast(problem.device, torch.bfloat16, enabled=rounded):
+                    logits = run(problem.images)
+                loss = problem.loss(logits.float(), t)
                 loss.backward()
                 optimiser.step()
                 losses.append(loss.detach())
@@ -65,7 +67,7 @@ def sequential(task: Task, name: str, compiled: bool = False) -> Contestant | Ab
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as that guards are slower with Python 3.13.0
-                run = torch.compile(network)
+                run = torch.compile(network, mode="reduce-overhead" if problem.device == "cuda" else "default")
                 call()
         except Exception as error:  # no C++ compiler is one of many ways in which it does not work
             return Absent(name, f"does not work here: {brief(error)}")
@@ -118,12 +120,12 @@ class _Problem:
 
     def __init__(self, task: Task, torch: Any):
         self._torch, self._task = torch, task
-        self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        images = torch.tensor(np.asarray(task.data.inputs).transpose(0, 3, 1, 2), device=self._device)
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        images = torch.tensor(np.asarray(task.data.inputs).transpose(0, 3, 1, 2), device=self.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self._labels = torch.tensor(np.asarray(task.data.labels), device=self._device).long()
+        self._labels = torch.tensor(np.asarray(task.data.labels), device=self.device).long()
         weights = np.asarray(jax.vmap(task.schedule)(jnp.arange(task.steps)))
-        self._weights = torch.tensor(weights, device=self._device)
+        self._weights = torch.tensor(weights, device=self.device)
         self.networks = [self._network(model) for model in task.models]
 
     def loss(self, logits: Any, t: int) -> Any:
@@ -148,4 +150,4 @@ class _Problem:
         head.bias.data = torch.tensor(np.asarray(model.head.bias))
         # All that is left; of adaptive pooling torch warns that it is slow under vmap.
         pooled = nn.AvgPool2d(self.images.shape[2] // 4)
-        return nn.Sequential(*layers, pooled, nn.Flatten(), head).to(self._device, memory_format=torch.channels_last)
+        return nn.Sequential(*layers, pooled, nn.Flatten(), head).to(self.device, memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """The benchmark command: what `--benchmark` does, what happens without it, and whether its numbers can be trusted."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import scaling
+from benchmarks import gpu, scaling
 from benchmarks.agreement import require_agreement
 from benchmarks.comparison import rotated
 from benchmarks.contestant import Contestant, jitted
-from benchmarks.device_time import busy_seconds, device_seconds
+from benchmarks.device_time import profile, summed
 from benchmarks.environment import environment
 from benchmarks.report import Row, summary
 from benchmarks.workloads import ACCELERATOR_LOGITS, WORKLOADS
@@ -259,26 +260,29 @@ def test_a_jitted_contestant_knows_what_its_compilation_cost():
 
 def test_device_time_is_the_union_of_a_gpus_streams():
     """A synthetic profile: two streams that overlap, a line that repeats them, and the host."""
-    profile = jax.profiler.ProfileData.from_text_proto("""
-        planes { name: "/device:GPU:0" event_metadata { key: 1 value { id: 1 name: "kernel" } }
+    data = jax.profiler.ProfileData.from_text_proto("""
+        planes { name: "/device:GPU:0" event_metadata { key: 1 value { id: 1 name: "one" } }
+          event_metadata { key: 2 value { id: 2 name: "other" } }
           lines { name: "Stream #7" timestamp_ns: 100
             events { metadata_id: 1 offset_ps: 0 duration_ps: 5000000 }
             events { metadata_id: 1 offset_ps: 20000000 duration_ps: 1000000 } }
           lines { name: "Stream #8" timestamp_ns: 100
-            events { metadata_id: 1 offset_ps: 3000000 duration_ps: 4000000 } }
+            events { metadata_id: 2 offset_ps: 3000000 duration_ps: 4000000 } }
           lines { name: "XLA Ops" timestamp_ns: 100
             events { metadata_id: 1 offset_ps: 0 duration_ps: 90000000 } } }
         planes { name: "/host:CPU" lines { name: "python"
             events { metadata_id: 1 offset_ps: 0 duration_ps: 90000000 } } }
     """)
-    assert busy_seconds(profile.planes) == pytest.approx(8e-6)
+    busy, kernels = summed(data.planes)
+    assert busy == pytest.approx(8e-6)
+    assert list(kernels) == ["one", "other"] and list(kernels.values()) == pytest.approx([6e-6, 4e-6])
 
 
 def test_no_device_time_without_a_gpu():
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")
     contestant = jitted("double", lambda x: 2 * x, jnp.ones(10))
-    assert device_seconds(contestant.call, repeats=2) is None
+    assert profile(contestant.call, repeats=2) is None
 
 
 def test_the_table_fits_and_leaves_out_what_nobody_measured():
@@ -310,6 +314,57 @@ def test_workloads(workload):
 
 def test_names_of_workloads_are_unique():
     assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS)
+
+
+@pytest.fixture
+def plain_pytest(monkeypatch):
+    """Processes of pytest do not take themselves for workers of xdist, even if this one is, and compile quickly."""
+    for variable in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path, capsys, plain_pytest):
+    write_example(tmp_path)
+    (tmp_path / "test_endless.py").write_text(
+        "import subprocess, sys, time\n"
+        "def test_endless():\n"
+        f"    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"    open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "    time.sleep(600)\n"
+    )
+    example = f"{tmp_path}/test_example.py -p benchmarks.conftest --rootdir {tmp_path} --benchmark"
+    parts = [
+        gpu.Part("rows", f"{example} -k sleepers", 60),
+        gpu.Part("endless", f"{tmp_path}/test_endless.py --rootdir {tmp_path}", 8),
+        gpu.Part("wrong", f"{example} -k disagreement", 60),
+    ]
+    ended = gpu.run(parts, tmp_path / "new" / "out.jsonl", 5, rehearse=True)
+    assert [one.status for one in ended] == ["done", "out of time", "failed"]
+    first, *rows, rows_end, endless_end, wrong_end = map(
+        json.loads, (tmp_path / "new" / "out.jsonl").read_text().splitlines()
+    )
+    assert first["machine_info"]["jax"] == jax.__version__
+    assert [row["contestant"] for row in rows] == ["fast", "missing", "slow", "same"]
+    assert rows[0]["rounds"] >= 15 and rows[2]["ratio"][1] > 1.5 and rows[1]["absent"] == "no such thing"
+    assert (rows_end["part"], endless_end["part"]) == ("rows", "endless") and "1 passed" in rows_end["said"][-1]
+    assert "FAILED" in wrong_end["said"][0] and "wrong: failed" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+    assert gpu.run(parts[:1], tmp_path / "late.jsonl", 0.1, rehearse=True)[0].status == "no time left"
+
+
+def test_the_script_for_a_gpu_is_rehearsed(tmp_path, plain_pytest):
+    """All parts on small problems, with time enough for a busy machine; alone they fit into eight minutes."""
+    assert sum(part.seconds for part in gpu.PARTS) <= 8 * 60
+    parts = [dataclasses.replace(part, seconds=600) for part in gpu.PARTS]
+    ended = gpu.run(parts, tmp_path / "out.jsonl", 60, rehearse=True)
+    assert [one.status for one in ended] == ["done"] * len(parts), ended
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if "contestant" in line]
+    timed = {row["contestant"] for row in rows if row.get("rounds")}
+    assert {"ours", "ours, bfloat16", "ours, side by side", "scan per member", "optax"} <= timed
+    assert {name for row in rows for name in row.get("errors", {})} >= {".convolutions[0].bias", ".head.weight"}
 
 
 def test_scaling_is_measured_and_drawn(tmp_path):

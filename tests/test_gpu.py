@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from benchmarks.convolution_forms import plain, with_gradients
+from benchmarks.precision import gradient_errors
 from eqx_dynloss import ensemble, landscape
 from eqx_dynloss.convolution import conv3x3
 from eqx_dynloss.loss import DynamicalLoss
@@ -90,26 +91,8 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
 )
 @pytest.mark.parametrize("width, size", [(64, 32), (16, 32), (5, 12)])
 def test_every_gradient_of_a_network_is_that_of_float64(width, size, compute_dtype, precision, tolerance):
-    rng = np.random.RandomState(0)
-    pixels, labels = rng.randn(64, size, size, 3) + 1, jnp.arange(64) % 2
-    with jax.default_device(jax.devices("cpu")[0]):
-        start = jax.tree.map(np.asarray, jax.tree.leaves(Myrtle(width, key=jr.key(0))))
-
-    def gradient(dtype, device):
-        with jax.default_device(device):
-            like = Myrtle(width, compute_dtype=compute_dtype if dtype == "float32" else None, key=jr.key(0))
-            model = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(leaf, dtype) for leaf in start])
-            loss = DynamicalLoss(OscillatingWeights(10, 3.0, 5))
-            outputs = lambda model: jax.vmap(model)(jnp.asarray(pixels, dtype))
-            return jax.tree.leaves(jax.jit(jax.grad(lambda model: loss(outputs(model), labels, 2)))(model))
-
-    with jax.enable_x64(True):
-        expected = gradient("float64", jax.devices("cpu")[0])
-    with jax.default_matmul_precision(precision):
-        actual = gradient("float32", jax.devices("gpu")[0])
-    for ours, theirs in zip(actual, map(np.asarray, expected), strict=True):
-        assert ours.dtype == jnp.float32 and ours.devices() == {jax.devices("gpu")[0]}
-        assert np.linalg.norm(np.asarray(ours) - theirs) <= tolerance * np.linalg.norm(theirs)
+    errors = gradient_errors(width, size, compute_dtype, precision)
+    assert max(errors.values()) <= tolerance, errors
 
 
 @pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
