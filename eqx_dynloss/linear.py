@@ -3,7 +3,7 @@
 XLA:CPU folds transpositions into the products of a gradient, and then takes a slow path; barriers keep it from that. On
 the spiral an update takes half the time for it. Elsewhere, layers of few inputs or outputs are sums of products, which
 XLA fuses with what stands before and after them: compiled for an H100, an update of 344 networks on the spiral moves
-103 MB, and 351 MB with matrix products.
+103 MB, and 351 with matrix products.
 """
 
 import equinox as eqx

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from eqx_dynloss_kernels.operands import accumulation_dtype
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PyTree, Shaped
 
@@ -144,7 +145,8 @@ def train_step(
     model = eqx.apply_updates(state.model, updates)
 
     # The norm is infinite before the gradients are: their squares would silently overflow in an optimiser's moments.
-    moves = ~state.diverged & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(grads)) & _all_finite(model)
+    moves = ~state.diverged & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(_vector(grads)))
+    moves &= jnp.all(jnp.isfinite(_vector(model)))
     model, opt_state, step = _select(
         moves, (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
     )
@@ -299,9 +301,9 @@ def _accuracy(outputs, labels):
     return jnp.mean(jnp.argmax(outputs, -1) == labels.astype(int), dtype=float)
 
 
-def _all_finite(tree):
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+def _vector(tree):
+    """All inexact numbers of a tree: one thing to look through, where every leaf by itself is a launch on a GPU."""
+    return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
 
 
 def _nan_where(condition, tree):

@@ -92,6 +92,15 @@ def test_an_update_moves_no_more_than_it_must(compiled):
     assert hlo.temporary_bytes(program) < {"f32": 0.56e9, "bf16": 0.3e9}[dtype]
 
 
+@pytest.mark.parametrize("compute_dtype, most", [("float32", 54), ("bfloat16", 60)])
+def test_a_narrow_network_is_few_launches(compute_dtype, most):
+    """Which are most of its time; they were 59 and 63 when every leaf was looked through by itself."""
+    make_model = lambda key: Myrtle(16, compute_dtype=compute_dtype, key=key)
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.uint8)
+    program = compile_update(make_model, images, jax.ShapeDtypeStruct((64,), jnp.int32), 10)
+    assert len(hlo.kernels(program)) <= most
+
+
 @pytest.mark.parametrize("dtype, most", [("float32", 0.12e9), ("float64", 0.24e9)])
 def test_the_spirals_networks_write_their_hidden_layer_once(dtype, most):
     """344 of them; with matrix products it was 0.35 and 0.70 GB."""
