@@ -59,7 +59,7 @@ def test_share_of_the_compiled_program(record):
     preset = dataclasses.replace(PRESETS["quick"], epochs=3, evaluations=3)
     if not record.full:
         preset = dataclasses.replace(preset, width=4, epochs=2)
-    task = Problem.of(preset, images.load("digits"), num_seeds=1).task
+    task = Problem.of(preset, images.load("digits"), seeds=[0]).task
     real, spans = ensemble.train_chunk, []
 
     def timed_chunk(*args, **options):

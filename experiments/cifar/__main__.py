@@ -17,7 +17,7 @@ import xarray as xr
 from ..problems import images
 from ..problems.cifar import PRESETS, ComputeDtype, Preset, Problem, as_many_steps, parse_period
 from ..results.files import file_name
-from ..running.flags import LEAST, RunFlags, require, require_different
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
 from ..running.session import Session
 from ..running.task import announcement
 from ..running.terminal import console, execute, tell
@@ -37,8 +37,9 @@ class Config:
     700 and 600 of 700). Writes results.nc (read it with xarray), summary.md, summary.json, config.json and two figures.
     """
 
-    seeds: int = 8
-    """Members per loss. Member s of every loss has the same initial weights and order of examples."""
+    seeds: Seeds = 8
+    """Members per loss: so many, or a slice, 8:16. Seed s has the same initial weights and order of examples for every
+    loss, in every run."""
     amplitude: Annotated[tuple[float, ...] | None, _of_preset("FLOAT [FLOAT ...]")] = None
     """One or more amplitudes A >= 1 of the dynamical loss. The static loss, A = 1, is always trained."""
     period: Annotated[tuple[str, ...] | None, _of_preset("PERIOD [PERIOD ...]")] = None
@@ -80,7 +81,8 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        counts = ("seeds", "width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations")
+        parse_seeds(self.seeds)
+        counts = ("width", "epochs", "batch_size", "train_examples", "validation_examples", "evaluations")
         require(self, counts, 1, math.inf, "at least 1")
         require_different(self, ("amplitude", "period"))
         require(self, ("learning_rate",), LEAST, math.inf, "a positive number")
@@ -105,7 +107,8 @@ def main(arguments: list[str] | None = None) -> bool:
         data = images.load(config.dataset, config.data_dir, tell=tell)
         if config.epochs is None:
             preset = as_many_steps(preset, data)
-        problem = Problem.of(preset, data, config.seeds, config.momentum, config.stop_epoch, config.compute_dtype)
+        seeds = parse_seeds(config.seeds)
+        problem = Problem.of(preset, data, seeds, config.momentum, config.stop_epoch, config.compute_dtype)
         configuration = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
         run.open(f"cifar-{data.name}", data.name, configuration | {"dataset": data.name, "preset": name})
         reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"

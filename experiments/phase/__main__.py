@@ -19,7 +19,7 @@ from eqx_dynloss import landscape
 from ..problems import cifar, images, spiral
 from ..problems.spiral import Init, LossName
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, require
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require
 from ..running.session import Session
 from ..running.task import announcement
 from ..running.terminal import console, execute, tell, warn
@@ -53,8 +53,8 @@ class Config:
     """Amplitudes A >= 1 of the dynamical loss."""
     periods: Annotated[str | None, _default("GRID", "log:50:5000:7, for CIFAR-10 5,10,20,40")] = None
     """Periods T of one class, in updates, rounded to whole ones; in a list for CIFAR-10 also in epochs (0.5ep)."""
-    seeds: int = 8
-    """Members of every cell of the diagram. Member s of every cell has the same initial weights."""
+    seeds: Seeds = 8
+    """Members of every cell of the diagram: so many, or a slice, 8:16. Seed s has the same initial weights in all."""
     widths: Annotated[str | None, _default("GRID", "100, for CIFAR-10 16")] = None
     """Units of the hidden layer, or channels. Several, for the spiral, are several diagrams, each a program."""
     learning_rates: Annotated[str | None, _default("GRID", "1, for CIFAR-10 0.05")] = None
@@ -86,7 +86,8 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        counts = ("seeds", "evaluations", "updates", "epochs", "train_examples", "validation_examples", "wave")
+        parse_seeds(self.seeds)
+        counts = ("evaluations", "updates", "epochs", "train_examples", "validation_examples", "wave")
         require(self, counts, 1, math.inf, "at least 1")
         grids = {"amplitudes": self.amplitudes, "widths": self.widths, "learning-rates": self.learning_rates}
         if self.experiment == "spiral" or ":" in (self.periods or ""):
@@ -137,7 +138,7 @@ def spiral_diagrams(run: Session[Config]) -> xr.Dataset:
             {"observe": spiral.curvature, "keep_steps": False},
             amplitudes=parse_grid(config.amplitudes, "amplitudes"),
             periods=periods,
-            num_seeds=config.seeds,
+            seeds=parse_seeds(config.seeds),
             learning_rates=rates,
             loss=config.loss,
         )
@@ -164,7 +165,7 @@ def cifar_diagram(run: Session[Config]) -> xr.Dataset:
     problem = cifar.Problem.of(
         preset,
         data,
-        config.seeds,
+        parse_seeds(config.seeds),
         compute_dtype=config.compute_dtype,
         observe=largest_eigenvalue,
         keep_steps=False,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -68,7 +69,7 @@ class Problem:
         cls,
         preset: Preset,
         images: ImageData,
-        num_seeds: int,
+        seeds: Sequence[int],
         momentum: float = 0.9,
         stop_epoch: float | None = None,
         compute_dtype: ComputeDtype = "float32",
@@ -77,7 +78,7 @@ class Problem:
         """**Arguments:**
 
         - `preset`: the protocol.
-        - `num_seeds`: members per loss. Member s of every loss has the same initial weights and order of examples.
+        - `seeds`: of the members of every loss. Those of one seed have the same initial weights and order of examples.
         - `stop_epoch`: the epoch at which the oscillation stops; by default 6/7 of them.
         - `compute_dtype`: what the network computes in; see `eqx_dynloss.models.Myrtle`.
         - `plan`: what the plan has besides the protocol, such as observations.
@@ -93,7 +94,7 @@ class Problem:
         stop = round((6 / 7 * preset.epochs if stop_epoch is None else stop_epoch) * steps_per_epoch)
         periods = [parse_period(text, steps_per_epoch) for text in preset.period]
         try:
-            coordinates = combinations(preset.amplitude, periods, range(num_seeds))
+            coordinates = combinations(preset.amplitude, periods, seeds)
         except ValueError as error:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none

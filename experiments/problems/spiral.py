@@ -55,7 +55,7 @@ def members(
     *,
     amplitudes: Sequence[float],
     periods: Sequence[float],
-    num_seeds: int,
+    seeds: Sequence[int],
     learning_rates: Sequence[float],
     loss: LossName,
 ) -> Members:
@@ -65,7 +65,7 @@ def members(
     it is our rule. Where not one period fits, it does not stop.
     """
     settings = {"init": [init], "width": [width], "learning_rate": learning_rates}
-    coordinates = combinations(amplitudes, periods, range(num_seeds), **settings)
+    coordinates = combinations(amplitudes, periods, seeds, **settings)
     turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
     whole = updates // (turns + 1) * (turns + 1)
     stop = np.where(whole > 0, whole, np.inf)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,6 +15,7 @@ from .directory import refuse_used
 from .errors import UsageError
 
 _Config = TypeVar("_Config")
+Seeds = Annotated[int | str, tyro.conf.arg(metavar="N|FIRST:END")]
 LEAST = 1e-300  # of a positive number
 _FREE = ("run", "data_dir", "show_seed")  # may differ when a run is resumed
 
@@ -84,6 +86,17 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
         raise UsageError(
             f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."
         ) from error
+
+
+def parse_seeds(value: int | str) -> range:
+    """The seeds 0 to 7 of `8` or `"8"`, and 8 to 15 of `"8:16"`. Raises a `UsageError` for anything else."""
+    match = re.fullmatch(r"(?:(\d+):)?(\d+)", str(value).strip())
+    seeds = range(int(match[1] or 0), int(match[2])) if match else range(0)
+    if not seeds or seeds[-1] >= 2**31:
+        raise UsageError(
+            f"--seeds takes a number of seeds, 8, or a slice of them, 8:16 (which is 8 to 15), got {value}."
+        )
+    return seeds
 
 
 def words(value: Any) -> str:

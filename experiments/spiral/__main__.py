@@ -18,7 +18,7 @@ from ..problems import spiral
 from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, require, require_different
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute
@@ -36,8 +36,9 @@ class Config:
     several values train all combinations.
     """
 
-    seeds: int = 10
-    """Members per loss. Member s of every loss has the same initial weights. The data are the same for all."""
+    seeds: Seeds = 10
+    """Members per loss: so many, or a slice, 8:16. Seed s has the same initial weights for every loss, in every run.
+    The data are the same for all."""
     amplitude: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (70.0,)
     """One or more amplitudes A >= 1 of the dynamical loss. The static loss, A = 1, is always trained."""
     period: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")] = (5000.0,)
@@ -57,12 +58,13 @@ class Config:
     """How many updates to make."""
     curvature: int = 25
     """Follow the Hessian and the neural tangent kernel every so many updates, a divisor of all; 0 for not at all."""
-    show_seed: int = 0
+    show_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")] = None
     """The seed whose trajectory is drawn in full."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        require(self, ("seeds", "updates", "width"), 1, math.inf, "at least 1")
+        seeds = parse_seeds(self.seeds)
+        require(self, ("updates", "width"), 1, math.inf, "at least 1")
         require_different(self, ("amplitude", "period", "init", "width", "learning_rate"))
         require(self, ("amplitude",), 1, math.inf, "at least 1, which is the static loss")
         require(self, ("period", "learning_rate"), LEAST, math.inf, "a positive number")
@@ -71,8 +73,8 @@ class Config:
             raise UsageError(
                 f"--curvature must be a divisor of the {self.updates} updates, or 0, got {self.curvature}."
             )
-        if not 0 <= self.show_seed < self.seeds:
-            raise UsageError(f"--show-seed must be one of the {self.seeds} seeds, 0 or more, got {self.show_seed}.")
+        if self.show_seed is not None and self.show_seed not in seeds:
+            raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {self.show_seed}.")
 
 
 def main(arguments: list[str] | None = None) -> bool:
@@ -86,7 +88,8 @@ def main(arguments: list[str] | None = None) -> bool:
             console.print(announcement(tasks, work))
             results = spiral.results(tasks, train(tasks, **run.checkpoints), config.period, config.loss)
         if run.save(results):
-            write_outputs(results, run.directory, config.show_seed)
+            shown = parse_seeds(config.seeds)[0] if config.show_seed is None else config.show_seed
+            write_outputs(results, run.directory, shown)
     return run.finished
 
 
@@ -99,7 +102,7 @@ def tasks_of(config: Config) -> list[Task]:
         {"observe": spiral.curvature, "observe_every": config.curvature} if config.curvature else {},
         amplitudes=config.amplitude,
         periods=config.period,
-        num_seeds=config.seeds,
+        seeds=parse_seeds(config.seeds),
         learning_rates=config.learning_rate,
         loss=config.loss,
     )

@@ -387,6 +387,17 @@ def test_the_same_command_gives_the_same_arrays(results, run_directory, tmp_path
 # Other ways for a run to go
 
 
+def test_a_slice_of_the_seeds_is_the_same_members(results, run_directory, tmp_path):
+    flags = [str(tmp_path / "slice") if a == str(run_directory.path) else a for a in run_directory.arguments]
+    flags[flags.index("--seeds") + 1] = "1:3"
+    assert command(*flags) == 0
+    part = files.load(tmp_path / "slice" / "digits_results.nc")
+    assert part.seed.values.tolist() == [1, 2]
+    for name in ("minibatch_loss", "accuracy"):
+        np.testing.assert_array_equal(part[name].sel(seed=1), results[name].sel(seed=1))
+        assert (part[name].sel(seed=2) != results[name].sel(seed=1)).any()
+
+
 def test_the_network_may_compute_in_bfloat16(results, run_directory, tmp_path, capsys):
     out = tmp_path / "rounded"
     arguments = [str(out) if a == str(run_directory.path) else a for a in run_directory.arguments]
@@ -485,8 +496,16 @@ def wrong(capsys, tmp_path, *arguments, out=None) -> str:
     ("--period 3 -1", "positive"),
     ("--period sometimes", "'sometimes' is not a period"),
     ("--period 3.5 0.5ep", "distinct"),
-    ("--seeds 0", "--seeds must be at least 1, got 0"),
-    ("--seeds -1", "--seeds must be at least 1"),
+    ("--seeds 0", "--seeds takes a number of seeds, 8, or a slice of them, 8:16 (which is 8 to 15), got 0"),
+    ("--seeds -1", "--seeds takes a number of seeds"),
+    ("--seeds many", "got many"),
+    ("--seeds 2.5", "got 2.5"),
+    ("--seeds 8:8", "got 8:8"),
+    ("--seeds 8:3", "got 8:3"),
+    ("--seeds -1:3", "got -1:3"),
+    ("--seeds 1:", "got 1:"),
+    ("--seeds 1:2:3", "got 1:2:3"),
+    ("--seeds 4294967296:4294967298", "got 4294967296"),
     ("--width 0", "--width must be at least 1"),
     ("--epochs 0", "--epochs must be at least 1"),
     ("--batch-size 0", "--batch-size must be at least 1"),
@@ -510,7 +529,7 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(flags, part, capsys, tmp_path
     assert part in wrong(capsys, tmp_path, *flags.split())
 
 
-@pytest.mark.parametrize("flags", ["--dataset mnist", "--seeds many", "--width 2.5", "--preset slow", "--colour red"])
+@pytest.mark.parametrize("flags", ["--dataset mnist", "--width 2.5", "--preset slow", "--colour red"])
 def test_flags_of_the_wrong_type_are_explained_and_exit_with_2(flags, capsys, tmp_path):
     assert command(*TINY, "--out", tmp_path / "out", *flags.split()) == 2
     error = capsys.readouterr().err

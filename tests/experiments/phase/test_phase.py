@@ -100,7 +100,8 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, part", [
-    ("--seeds 0", "--seeds must be at least 1"),
+    ("--seeds 0", "--seeds takes a number of seeds"),
+    ("--seeds 8:8", "--seeds takes a number of seeds"),
     ("--wave 0", "--wave must be at least 1"),
     ("--amplitudes 0.5,2", "--amplitudes must be at least 1"),
     ("--amplitudes 2,2", "different"),

@@ -47,6 +47,13 @@ def without_figures(monkeypatch):
     monkeypatch.setattr(static, "static_curves", lambda *arguments: None)
 
 
+def test_of_a_slice_of_the_seeds_the_first_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dynamics, "write", lambda dataset, directory, seed: drawn.append(seed) or [])
+    assert command(*TINY, "--seeds", "3:5", "--curvature", "0", "--out", "run") == 0
+    assert results_of(tmp_path / "run").seed.values.tolist() == [3, 4] and drawn == [3]
+
+
 def results_of(directory):
     return files.load(directory / "results.nc")
 
@@ -205,7 +212,7 @@ def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ("--seeds 0", "--seeds must be at least 1, got 0"),
+        ("--seeds 0", "--seeds takes a number of seeds, 8, or a slice"),
         ("--updates 0", "--updates must be at least 1"),
         ("--amplitude 0.5", "--amplitude must be at least 1"),
         ("--amplitude 70 70", "--amplitude takes one or more different values, got 70.0 70.0."),
@@ -216,7 +223,7 @@ def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_
         ("--width 0", "--width must be at least 1"),
         ("--curvature 7", "--curvature must be a divisor of the 40 updates"),
         ("--curvature -5", "--curvature must be a divisor"),
-        ("--show-seed 2", "--show-seed must be one of the 2 seeds"),
+        ("--show-seed 2", "--show-seed must be one of the seeds 0 to 1, got 2"),
         ("--init paper paper", "--init takes one or more different values"),
     ],
 )
