@@ -106,8 +106,7 @@ class Problem:
         )
         on_cpu = jax.devices()[0].platform == "cpu"
         images_per_step = preset.batch_size * len(members)
-        evaluated = (preset.evaluations * len(validation_data) + len(train_data)) * len(members) / 3
-        per_image = cpu_seconds_per_image(preset.width)
+        per_image = cpu_seconds_per_image(preset.width, math.prod(images.train_images.shape[1:3]))
         chunk_target = 2 / (per_image * images_per_step) if on_cpu else steps_per_epoch
         chunk = chunk_length(num_steps, min(chunk_target, num_steps / preset.evaluations))
         microbatch_size = cpu_microbatch_size(preset.batch_size, preset.width) if on_cpu else None
@@ -117,7 +116,6 @@ class Problem:
             data=train_data,
             splits={"train": train_data, "validation": validation_data},
             plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
-            cpu_seconds=per_image * (num_steps * images_per_step + evaluated),
         )
         return cls(images, preset, steps_per_epoch, periods, compute_dtype, task)
 
@@ -205,7 +203,7 @@ def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.Gra
 
 
 def flops_per_image(width: int) -> float:
-    """Floating-point operations of a forward and backward pass of Myrtle on one image.
+    """Floating-point operations of a forward and backward pass of Myrtle on one image of 32×32.
 
     Three times the forward pass, but for the first convolution, whose input needs no gradient.
     """
@@ -220,12 +218,12 @@ def cpu_microbatch_size(batch_size: int, width: int) -> int:
     return math.gcd(batch_size, 16 if width <= 16 else 8)
 
 
-def cpu_seconds_per_image(width: int) -> float:
-    """About how long an image takes in training on this CPU's cores; for the announced time and the length of chunks.
+def cpu_seconds_per_image(width: int, pixels: int) -> float:
+    """About how long an image takes in training on this CPU's cores; for the length of chunks.
 
     Fitted to widths 16 and 64 on two cores: arithmetic at 140 GFLOP/s a core, and the rest.
     """
-    return (flops_per_image(width) / 140e9 + 2e-4) / jax.device_count()
+    return pixels / 1024 * (flops_per_image(width) / 140e9 + 2e-4) / jax.device_count()
 
 
 def datasets(images: ImageData, preset: Preset) -> tuple[Dataset, Dataset]:

@@ -96,7 +96,7 @@ def tasks(
     target = min(2 / max(pace.values()), updates / evaluations)
     whole = Plan(updates, every * chunk_length(updates // every, target / every), evaluations, **plan)
     data = {"train": spiral(0), "validation": spiral(1)}
-    return [Task(name, trained[name], data["train"], data, whole, pace[name] * updates) for name in networks]
+    return [Task(name, trained[name], data["train"], data, whole) for name in networks]
 
 
 def network(init: Init, width: int, key: Key[Array, ""]) -> MLP:
@@ -145,7 +145,7 @@ def results(tasks: Sequence[Task], measured: xr.Dataset, periods: Sequence[float
 
 
 def cpu_seconds_per_update(width: int, observe_every: int | None) -> float:
-    """About how long an update of a member takes on this CPU's cores; for the announced time and the length of chunks.
+    """About how long an update of a member takes on this CPU's cores; for the length of chunks.
 
     Fitted to widths 10 to 1000 on one core. An observation costs as much as some twenty updates.
     """

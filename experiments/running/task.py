@@ -13,7 +13,6 @@ from eqx_dynloss.train import Dataset, TrainState
 
 from .devices import devices
 from .members import Members
-from .terminal import duration
 
 Observe = Callable[[TrainState, DynamicalLoss, Dataset], dict[str, jax.Array]]
 
@@ -55,25 +54,18 @@ class Task:
     data: Dataset
     splits: Mapping[str, Dataset]  # what is evaluated
     plan: Plan
-    cpu_seconds: float  # about how long it takes on this machine's cores
 
 
 def announcement(tasks: Sequence[Task], work: str) -> str:
-    """What is going to happen: the devices, the members, the work of each, and how long it will take.
-
-    A measure made on a CPU says nothing about the time on anything else.
-    """
+    """What is going to happen: the devices, the members, and the work of each."""
     members = [task.members.coordinates for task in tasks]
     count, seeds = sum(len(task.members) for task in tasks), len(set(members[0]["seed"].tolist()))
     pairs = zip(members[0]["amplitude"].tolist(), np.nan_to_num(members[0]["period"]).tolist(), strict=True)
     settings = count // (seeds * (losses := len(set(pairs))))
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    on_cpu = jax.devices()[0].platform == "cpu"
-    time = f"about {duration(sum(task.cpu_seconds for task in tasks))}"
     return (
         f"{devices()}{hosts} | {count} members = {seeds} seeds x {losses} losses"
-        f"{f' x {settings} settings' if settings > 1 else ''} | {work} | "
-        f"{time if on_cpu else 'time: see the ETA after the first chunk'}"
+        f"{f' x {settings} settings' if settings > 1 else ''} | {work}"
     )
 
 

@@ -22,7 +22,7 @@ from . import signals
 from .errors import UsageError, brief
 from .memory import fitting_wave, refuse_giants
 from .task import Task
-from .terminal import console, progress_bar
+from .terminal import console, duration, progress_bar
 from .wave import Wave, any_host
 
 LINES = 20  # about the progress, at most, where there is no terminal for a bar
@@ -148,9 +148,13 @@ def _show(bar: Progress, waves: Sequence[Wave], one: Wave) -> None:
     """Shows where the training is: in the bar, or without a terminal now and then in a line."""
     record, chunk, text = one.record, one.record.chunks_done - 1, one.describe()
     done = sum(wave.record.steps_done for wave in waves)
+    left = sum(wave.record.size * (wave.plan.num_steps - wave.record.steps_done) for wave in waves)
     bar.update(bar.task_ids[0], completed=done, description=_place(waves, one) + text)
     if not console.is_terminal and all(one.falls_to(chunk, n) for n in (one.plan.num_evaluations, LINES)):
-        progress = f"update {record.steps_done:,} of {one.plan.num_steps:,} ({one.elapsed:,.0f} s)"
+        time = f"{one.elapsed:,.0f} s"
+        if left and math.isfinite(record.updates_per_second):
+            time += f", {duration(left / record.updates_per_second)} to go"
+        progress = f"update {record.steps_done:,} of {one.plan.num_steps:,} ({time})"
         console.print(f"{_place(waves, one)}{progress}: {text}")
 
 

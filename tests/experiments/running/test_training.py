@@ -46,7 +46,7 @@ def task(num_steps, chunk, num_evaluations, who=None, name="", **plan) -> Task:
     points = jr.normal(jr.key(1), (12, 2))
     data = Dataset(points, (points[:, 0] > 0).astype(int))
     splits = {"train": data, "validation": Dataset(data.inputs[:5], data.labels[:5])}
-    return Task(name, who or members(), data, splits, Plan(num_steps, chunk, num_evaluations, batch_size=4, **plan), 0)
+    return Task(name, who or members(), data, splits, Plan(num_steps, chunk, num_evaluations, batch_size=4, **plan))
 
 
 def train(num_steps, chunk, num_evaluations, who=None, *, plan=None, **options) -> xr.Dataset:
@@ -347,7 +347,7 @@ def test_a_wave_is_what_the_compiler_says_there_is_memory_for(monkeypatch):
     )
     monkeypatch.setattr(ensemble, "default_block_size", lambda model, platform: 2)
     data = Dataset(jr.normal(jr.key(1), (12, 2)), jnp.arange(12) % 2)
-    whole = Task("", who, data, {"validation": data}, Plan(8, 4, 2, batch_size=4), 0)
+    whole = Task("", who, data, {"validation": data}, Plan(8, 4, 2, batch_size=4))
     fitting = lambda: memory.fitting_wave(whole)
     monkeypatch.setattr(memory, "_free_memory", lambda: 1e12)
     assert fitting() == 60 and not seen  # the states alone are nothing beside that
