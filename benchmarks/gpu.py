@@ -61,12 +61,14 @@ def call(part: Part, seconds: float, out: Path, rehearse: bool) -> Ended:
         arguments += ["--rows", str(out), *(["--rehearse"] if rehearse else [])]
         arguments += ["--benchmark-json", str(out.with_suffix(f".{part.name}.json"))]
     paths = [str(ROOT / "kernels"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # PyTorch, and commands that tests start, need some of the GPU's memory as well.
+    own = {"PYTHONPATH": os.pathsep.join(paths), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     log, start = out.with_suffix(f".{part.name}.log"), time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *arguments],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | own,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that what it has started is stopped with it
