@@ -326,6 +326,8 @@ def plain_pytest(monkeypatch):
 
 def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path, capsys, plain_pytest):
     write_example(tmp_path)
+    file = tmp_path / "test_example.py"  # called from the project's root, where it must leave nothing
+    file.write_text(EXAMPLE.replace('Path("calls")', 'Path(__file__).with_name("calls")'), encoding="utf-8")
     (tmp_path / "test_endless.py").write_text(
         "import subprocess, sys, time\n"
         "def test_endless():\n"
@@ -352,6 +354,7 @@ def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path,
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "child").read_text()), 0)
     assert gpu.run(parts[:1], tmp_path / "late.jsonl", 0.1, rehearse=True)[0].status == "no time left"
+    assert (tmp_path / "calls").exists() and not (ROOT / "calls").exists()
 
 
 def test_the_script_for_a_gpu_is_rehearsed(tmp_path, plain_pytest):
