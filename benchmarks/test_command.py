@@ -12,7 +12,8 @@ import pytest
 
 from eqx_dynloss import ensemble
 from experiments.problems import images
-from experiments.problems.cifar import PRESETS, Problem
+from experiments.problems.cifar import Problem
+from experiments.problems.presets import PRESETS
 from experiments.running import training
 
 from .report import Row

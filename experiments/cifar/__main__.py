@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 import xarray as xr
 
 from ..problems import images
-from ..problems.cifar import PRESETS, ComputeDtype, Preset, Problem, as_many_steps, parse_period
+from ..problems.cifar import Problem, parse_period
+from ..problems.presets import PRESETS, ComputeDtype, PresetName, chosen, default_name, in_words
 from ..results.files import file_name
 from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
 from ..running.session import Session
@@ -64,7 +64,7 @@ class Config:
     """Validate on the first so many examples only."""
     evaluations: Annotated[int | None, _of_preset("INT")] = None
     """How often the validation set is evaluated during training."""
-    compute_dtype: ComputeDtype = "float32"
+    compute_dtype: Annotated[ComputeDtype | None, _of_preset("{float32,bfloat16}")] = None
     """What the network computes in. bfloat16 is for GPUs; parameters, loss and optimiser are float32 in any case."""
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     """auto falls back to scikit-learn's digits, loudly, when CIFAR-10 is neither on disk nor reachable."""
@@ -74,10 +74,11 @@ class Config:
     ] = None
     """The tensorflow-datasets directory. CIFAR-10 is prepared there if it is not yet."""
     preset: Annotated[
-        Literal["paper", "quick"] | None,
-        tyro.conf.arg(metavar="{paper,quick}", help_behavior_hint="(default: quick on a CPU, else paper)"),
+        PresetName | None,
+        tyro.conf.arg(metavar="{short,quick,paper}", help_behavior_hint="(default: quick on a CPU, else short)"),
     ] = None
-    """paper is the paper's protocol in full; quick takes about two minutes for eight seeds on two CPU cores."""
+    """quick takes about three minutes for eight seeds on two CPU cores; short, with a seventh of the epochs, should
+    take as long on a GPU; paper is the paper's protocol in full."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
@@ -96,22 +97,16 @@ class Config:
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    description = f"{Config.__doc__}\n\n" + "\n".join(_flags(name, preset) for name, preset in PRESETS.items())
+    description = f"{Config.__doc__}\n\n" + "\n".join(map(in_words, PRESETS))
     with Session.start(Config, "cifar", arguments, description) as run:
         config = run.config
-        on_cpu = jax.devices()[0].platform == "cpu"
-        name = config.preset or ("quick" if on_cpu else "paper")
-        given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Preset)}
-        preset = dataclasses.replace(PRESETS[name], **{k: v for k, v in given.items() if v is not None})
-
+        name = config.preset or default_name()
         data = images.load(config.dataset, config.data_dir, tell=tell)
-        if config.epochs is None:
-            preset = as_many_steps(preset, data)
-        seeds = parse_seeds(config.seeds)
-        problem = Problem.of(preset, data, seeds, config.momentum, config.stop_epoch, config.compute_dtype)
+        preset = chosen(name, data, vars(config))
+        problem = Problem.of(preset, data, parse_seeds(config.seeds), config.momentum, config.stop_epoch)
         configuration = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
         run.open(f"cifar-{data.name}", data.name, configuration | {"dataset": data.name, "preset": name})
-        reason = "as asked" if config.preset else f"{'no' if on_cpu else 'an'} accelerator was found"
+        reason = "as asked" if config.preset else f"{'no' if name == 'quick' else 'an'} accelerator was found"
         console.print(announcement([problem.task], f"{problem.work} | preset {name} ({reason})"))
         results = problem.results(train([problem.task], **run.checkpoints))
         if run.save(results):
@@ -136,13 +131,6 @@ def write_outputs(results: xr.Dataset, directory: Path) -> None:
     console.print(
         (f"{speed:,.0f} images/s. " if math.isfinite(speed) else "") + f"Results, summary and figures: {directory}"
     )
-
-
-def _flags(name: str, preset: Preset) -> str:
-    """A preset in the words of the command line."""
-    values = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(preset).items()}
-    flags = (f"--{k.replace('_', '-')} {'all' if v is None else v}" for k, v in values.items())
-    return f"Preset {name}: {' '.join(flags)}."
 
 
 if __name__ == "__main__":

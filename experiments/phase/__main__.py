@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import xarray as xr
 from eqx_dynloss import landscape
 
 from ..problems import cifar, images, spiral
+from ..problems.presets import ComputeDtype, PresetName, chosen, default_name
 from ..problems.spiral import Init, LossName
 from ..running.errors import UsageError
 from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require
@@ -26,10 +27,12 @@ from ..running.terminal import console, execute, tell, warn
 from ..running.training import train
 
 _CURVATURE_IMAGES = 500  # of CIFAR-10's training set, for the Hessian
-_PERIODS = {"spiral": "log:50:5000:7", "cifar": "5,10,20,40"}
+_AMPLITUDES = {"spiral": "1,2,5,10,20,50,100", "cifar": "1,2,5,10,20"}
+_PERIODS = {"spiral": "log:50:5000:7", "cifar": "0.25ep,1ep,4ep,16ep"}
+_OF_PRESET = ("epochs", "batch_size", "train_examples", "validation_examples", "evaluations", "compute_dtype")
 _OF_ONE = {  # flags that mean something for one experiment only
     "spiral": ("loss", "init", "updates"),
-    "cifar": ("epochs", "train_examples", "validation_examples", "compute_dtype", "dataset", "data_dir"),
+    "cifar": ("preset", *(name for name in _OF_PRESET if name != "evaluations"), "dataset", "data_dir"),
 }
 
 
@@ -48,16 +51,16 @@ class Config:
 
     experiment: Literal["spiral", "cifar"] = "spiral"
     """The spiral in full-batch gradient descent, or Myrtle5 on CIFAR-10; the protocols are those of
-    `python -m experiments.spiral` and `python -m experiments.cifar --preset quick`."""
-    amplitudes: Annotated[str, tyro.conf.arg(metavar="GRID")] = "1,2,5,10,20,50,100"
+    `python -m experiments.spiral` and `python -m experiments.cifar`."""
+    amplitudes: Annotated[str | None, _default("GRID", "1,2,5,10,20,50,100, for CIFAR-10 1,2,5,10,20")] = None
     """Amplitudes A >= 1 of the dynamical loss."""
-    periods: Annotated[str | None, _default("GRID", "log:50:5000:7, for CIFAR-10 5,10,20,40")] = None
+    periods: Annotated[str | None, _default("GRID", "log:50:5000:7, for CIFAR-10 0.25ep,1ep,4ep,16ep")] = None
     """Periods T of one class, in updates, rounded to whole ones; in a list for CIFAR-10 also in epochs (0.5ep)."""
     seeds: Seeds = 8
     """Members of every cell of the diagram: so many, or a slice, 8:16. Seed s has the same initial weights in all."""
-    widths: Annotated[str | None, _default("GRID", "100, for CIFAR-10 16")] = None
+    widths: Annotated[str | None, _default("GRID", "100, for CIFAR-10 the preset's")] = None
     """Units of the hidden layer, or channels. Several, for the spiral, are several diagrams, each a program."""
-    learning_rates: Annotated[str | None, _default("GRID", "1, for CIFAR-10 0.05")] = None
+    learning_rates: Annotated[str | None, _default("GRID", "1, for CIFAR-10 the preset's")] = None
     """Learning rates. Several, for the spiral, are several diagrams in one program."""
     loss: LossName = "cross-entropy"
     """What is weighted, for the spiral: the paper's cross-entropy, or a squared error whose weights belong to the
@@ -67,19 +70,23 @@ class Config:
     """Initialisation of the spiral's network: see `python -m experiments.spiral --help`."""
     updates: Annotated[int | None, _default("INT", "70,000")] = None
     """Updates on the spiral. The oscillation stops after the last whole period."""
-    epochs: Annotated[int | None, _default("INT", "4")] = None
+    preset: Annotated[PresetName | None, _default("{short,quick,paper}", "quick on a CPU, else short")] = None
+    """The protocol for CIFAR-10, as of `python -m experiments.cifar --help`."""
+    epochs: Annotated[int | None, _default("INT", "the preset's")] = None
     """Passes over CIFAR-10's training set. The oscillation stops after 6/7 of them."""
-    train_examples: Annotated[int | None, _default("INT", "8000")] = None
+    batch_size: Annotated[int | None, _default("INT", "the preset's")] = None
+    """Images of CIFAR-10 in a minibatch."""
+    train_examples: Annotated[int | None, _default("INT", "the preset's")] = None
     """Train on the first so many images of CIFAR-10."""
-    validation_examples: Annotated[int | None, _default("INT", "2000")] = None
+    validation_examples: Annotated[int | None, _default("INT", "the preset's")] = None
     """Validate on the first so many images of CIFAR-10."""
-    compute_dtype: cifar.ComputeDtype = "float32"
+    compute_dtype: Annotated[ComputeDtype | None, _default("{float32,bfloat16}", "the preset's")] = None
     """What Myrtle5 computes in. bfloat16 is for GPUs."""
     dataset: Literal["auto", "cifar10", "digits"] = "auto"
     """For --experiment cifar: auto falls back to scikit-learn's digits, loudly, when CIFAR-10 cannot be had."""
     data_dir: Annotated[Path | None, _default("PATH", "$TFDS_DATA_DIR or ~/tensorflow_datasets")] = None
     """The tensorflow-datasets directory."""
-    evaluations: int = 20
+    evaluations: Annotated[int | None, _default("INT", "20, for CIFAR-10 the preset's")] = None
     """How often the validation set is evaluated during training."""
     wave: Annotated[int | None, _default("INT", "all members, or as many as fit into memory")] = None
     """Members that are trained at a time."""
@@ -87,7 +94,7 @@ class Config:
 
     def __post_init__(self):
         parse_seeds(self.seeds)
-        counts = ("evaluations", "updates", "epochs", "train_examples", "validation_examples", "wave")
+        counts = ("evaluations", "updates", "epochs", "batch_size", "train_examples", "validation_examples", "wave")
         require(self, counts, 1, math.inf, "at least 1")
         grids = {"amplitudes": self.amplitudes, "widths": self.widths, "learning-rates": self.learning_rates}
         if self.experiment == "spiral" or ":" in (self.periods or ""):
@@ -134,9 +141,9 @@ def spiral_diagrams(run: Session[Config]) -> xr.Dataset:
         tasks = spiral.tasks(
             {f"width-{width}": (config.init, width) for width in widths},
             updates,
-            config.evaluations,
+            config.evaluations or 20,
             {"observe": spiral.curvature, "keep_steps": False},
-            amplitudes=parse_grid(config.amplitudes, "amplitudes"),
+            amplitudes=parse_grid(config.amplitudes or _AMPLITUDES["spiral"], "amplitudes"),
             periods=periods,
             seeds=parse_seeds(config.seeds),
             learning_rates=rates,
@@ -152,27 +159,20 @@ def cifar_diagram(run: Session[Config]) -> xr.Dataset:
     config = run.config
     text = config.periods or _PERIODS["cifar"]
     periods = [f"{T:g}" for T in whole(parse_grid(text, "periods"))] if ":" in text else text.split(",")
-    given = {name: getattr(config, name) for name in ("epochs", "train_examples", "validation_examples", "evaluations")}
+    given: dict[str, Any] = {name: getattr(config, name) for name in _OF_PRESET}
     if config.widths:
         (given["width"],) = [int(width) for width in whole(parse_grid(config.widths, "widths"))]
     if config.learning_rates:
         (given["learning_rate"],) = parse_grid(config.learning_rates, "learning-rates")
-    given |= {"amplitude": parse_grid(config.amplitudes, "amplitudes"), "period": tuple(periods)}
-    preset = dataclasses.replace(cifar.PRESETS["quick"], **{k: v for k, v in given.items() if v is not None})
+    given["amplitude"] = parse_grid(config.amplitudes or _AMPLITUDES["cifar"], "amplitudes")
+    name = config.preset or default_name()
     data = images.load(config.dataset, config.data_dir, tell=tell)
-    if config.epochs is None:
-        preset = cifar.as_many_steps(preset, data)
-    problem = cifar.Problem.of(
-        preset,
-        data,
-        parse_seeds(config.seeds),
-        compute_dtype=config.compute_dtype,
-        observe=largest_eigenvalue,
-        keep_steps=False,
-    )
-    configuration = dataclasses.asdict(config) | problem.sizes | {"dataset": data.name, "epochs": preset.epochs}
+    preset = chosen(name, data, given | {"period": tuple(periods)})
+    problem = cifar.Problem.of(preset, data, parse_seeds(config.seeds), observe=largest_eigenvalue, keep_steps=False)
+    configuration = dataclasses.asdict(config) | {name: getattr(preset, name) for name in _OF_PRESET}
+    configuration |= problem.sizes | {"dataset": data.name, "preset": name}
     run.open(f"phase-{data.name}", data.name, configuration)
-    console.print(announcement([problem.task], problem.work))
+    console.print(announcement([problem.task], f"{problem.work} | preset {name}"))
     return problem.results(train([problem.task], **run.checkpoints, wave=config.wave))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,32 +25,9 @@ from ..running.errors import UsageError
 from ..running.members import Members
 from ..running.task import Plan, Task, chunk_length
 from .images import ImageData
+from .presets import Preset
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ComputeDtype = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """Values of the flags that are not given."""
-
-    amplitude: tuple[float, ...]
-    period: tuple[str, ...]
-    width: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    train_examples: int | None
-    validation_examples: int | None
-    evaluations: int
-
-
-PRESETS = {
-    # Ruiz-Garcia et al. 2021 (CIFAR-10). Their unit of T is not known: amplitude and period are choices of ours.
-    "paper": Preset((10.0,), ("100",), 64, 700, 512, 0.02, None, None, 700),
-    # Ours: the same protocol, scaled down to about two minutes for eight seeds on two CPU cores.
-    "quick": Preset((3.0,), ("10",), 16, 4, 64, 0.05, 8_000, 2_000, 8),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +38,6 @@ class Problem:
     preset: Preset
     steps_per_epoch: int
     periods: list[float]  # in steps
-    compute_dtype: ComputeDtype
     task: Task
 
     @classmethod
@@ -72,7 +48,6 @@ class Problem:
         seeds: Sequence[int],
         momentum: float = 0.9,
         stop_epoch: float | None = None,
-        compute_dtype: ComputeDtype = "float32",
         **plan: Any,
     ) -> "Problem":
         """**Arguments:**
@@ -80,7 +55,6 @@ class Problem:
         - `preset`: the protocol.
         - `seeds`: of the members of every loss. Those of one seed have the same initial weights and order of examples.
         - `stop_epoch`: the epoch at which the oscillation stops; by default 6/7 of them.
-        - `compute_dtype`: what the network computes in; see `eqx_dynloss.models.Myrtle`.
         - `plan`: what the plan has besides the protocol, such as observations.
         """
         train_data, validation_data = datasets(images, preset)
@@ -99,7 +73,7 @@ class Problem:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
         members = Members(
-            make_model=lambda key: Myrtle(preset.width, compute_dtype=compute_dtype, key=key),
+            make_model=lambda key: Myrtle(preset.width, compute_dtype=preset.compute_dtype, key=key),
             optimiser=nesterov(preset.learning_rate, momentum, num_steps),
             losses=DynamicalLoss(OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop)),
             coordinates=coordinates,
@@ -117,7 +91,7 @@ class Problem:
             splits={"train": train_data, "validation": validation_data},
             plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
         )
-        return cls(images, preset, steps_per_epoch, periods, compute_dtype, task)
+        return cls(images, preset, steps_per_epoch, periods, task)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -130,7 +104,8 @@ class Problem:
         sizes = " + ".join(f"{size:,}" for size in self.sizes.values())
         steps = f"{self.task.plan.num_steps:,} steps of {self.preset.batch_size} images"
         no_faster = " (no faster than float32 on a CPU)" if jax.devices()[0].platform == "cpu" else ""
-        rounded = f" | {self.compute_dtype}{no_faster}" if self.compute_dtype != "float32" else ""
+        dtype = self.preset.compute_dtype
+        rounded = f" | {dtype}{no_faster}" if dtype != "float32" else ""
         return f"{steps} | {dataset_title(self.images.name)}, {sizes} images{rounded}"
 
     def results(self, measured: xr.Dataset) -> xr.Dataset:
@@ -144,21 +119,13 @@ class Problem:
             dataset=self.images.name,
             source=self.images.source,
             device=devices(),
-            compute_dtype=self.compute_dtype,
+            compute_dtype=self.preset.compute_dtype,
             finished=measured.finished,
             steps_done=round(measured.steps_done),
             steps_planned=plan.num_steps,
             steps_per_epoch=self.steps_per_epoch,
             images_per_second=measured.member_updates_per_second * self.preset.batch_size,
         )
-
-
-def as_many_steps(preset: Preset, images: ImageData) -> Preset:
-    """A smaller data set than the preset is made for gets more epochs, and as many steps."""
-    if not preset.train_examples:
-        return preset
-    scale = max(1.0, preset.train_examples / min(preset.train_examples, len(images.train_labels)))
-    return dataclasses.replace(preset, epochs=round(scale * preset.epochs))
 
 
 class Standardise(eqx.Module):

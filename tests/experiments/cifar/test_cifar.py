@@ -24,8 +24,9 @@ from PIL import Image
 from experiments.cifar import __main__ as cifar
 from experiments.problems import cifar as problem
 from experiments.problems import images, prepare
-from experiments.problems.cifar import PRESETS, Standardise, datasets, flops_per_image, nesterov, parse_period
+from experiments.problems.cifar import Standardise, datasets, flops_per_image, nesterov, parse_period
 from experiments.problems.images import ImageData
+from experiments.problems.presets import PRESETS
 from experiments.results import files
 from experiments.running import devices
 from experiments.running.errors import UsageError
