@@ -9,44 +9,53 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
+from ..results import words
+from ..results.conditions import Condition
 from ..results.labelled import by_loss, loss_name
 from ..results.style import BINS, STATIC, STYLES, extremes, finish, ruled
-from ..results.words import spread
+from ..results.summary import summarise
 
 _ROUNDING = 1e-6  # of float32 class weights, which are around 1
 _WINDOWS = 100  # the training loss is averaged over at most this many windows
+_MOST_LINES = 8  # seeds that are drawn one by one
 _DENSE = 6  # passes over all classes beyond which single classes cannot be told apart
 
 
 def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
-    """Writes a PNG: validation accuracy and minibatch loss against the step, mean over seeds with a band of ± std.
+    """Writes a PNG: validation accuracy and loss, curvature if observed, and minibatch loss against the step.
 
-    Diverged members are left out and counted in the legend. Of more than six dynamical conditions, six are drawn,
-    evenly spread over the grid rather than picked by their result. The figure is returned too.
+    Lines are means over seeds, with a band of ± std, and thin ones the seeds themselves if they are at most eight.
+    Diverged members are left out; they, and those that collapsed, are counted in the legend. Of more than six dynamical
+    conditions, six are drawn, evenly spread over the grid rather than picked by their result. The figure is returned
+    too.
     """
     dynamical, note = _dynamical(dataset, len(STYLES))
-    figure = Figure(figsize=(8.5, 7.8 + 0.22 * len(dynamical)), dpi=150, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    members = dataset.sizes["seed"]
+    curved = "peak_hessian_max" in dataset and dataset.sizes["observation_step"] > 0
+    height = 10.0 + 2.8 * curved + 0.22 * len(dynamical)
+    figure = Figure(figsize=(8.5, height), dpi=150, layout="constrained")
+    top, second, *middle, bottom = figure.subplots(3 + curved, 1, sharex=True)
+    summarised = {(c.amplitude, c.period): c for c in summarise(dataset).conditions}
     for condition, style in zip([dataset.isel(amplitude=0, period=0), *dynamical], (STATIC, *STYLES), strict=False):
         survivors = condition.isel(seed=condition.diverged_at.values < 0)
+        amplitude, period = float(condition.amplitude), float(condition.period)
+        found = summarised[amplitude, None if amplitude == 1 else period]
+        top.plot([], [], **_look(style, 1), label=_label(found, bool(dataset.sizes["evaluation_step"])))
         if not survivors.sizes["seed"]:
-            top.plot([], [], **_look(style, 1), label=f"{loss_name(condition)}: diverged for every seed")
             continue
         accuracy = 100 * survivors.accuracy.sel(split="validation").values
         evaluated = np.isfinite(accuracy).any(0)
-        mean, std = _band(top, dataset.evaluation_step.values[evaluated], accuracy[:, evaluated], style)
-        label = loss_name(condition)
-        if mean.size:
-            label += f": {spread(mean[-1], std[-1] if survivors.sizes['seed'] > 1 else None, digits=1)} %"
-        if survivors.sizes["seed"] < members:
-            label += f" ({survivors.sizes['seed']} of {members} seeds; the others diverged)"
-        top.plot([], [], **_look(style, 1), label=label)
-
-        middle, means = _windows(survivors.minibatch_loss.values.astype(np.float64))
-        _band(bottom, middle, np.log(np.maximum(means, 1e-12)), style, np.exp)
+        steps, loss = dataset.evaluation_step.values[evaluated], survivors.loss.sel(split="validation").values
+        _band(top, steps, accuracy[:, evaluated], style)
+        _band(second, steps, loss[:, evaluated], style)
+        for axes in middle:
+            _curvature(axes, survivors, style)
+        steps, means = _windows(survivors.minibatch_loss.values.astype(np.float64))
+        _band(bottom, steps, np.log(np.maximum(means, 1e-12)), style, np.exp)
 
     top.set_ylabel("validation accuracy (%)")
+    second.set_ylabel("validation loss,\nno class weights (nats)")
+    for axes in middle:
+        _thresholds(axes, dataset)
     bottom.set_yscale("log" if dataset.sizes["step"] else "linear")  # a log axis cannot be empty
     low, high = bottom.get_ylim()
     if low > 0 and high < 10 * low:  # within a decade: plain numbers, evenly spaced
@@ -59,20 +68,60 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
     window = max(1, round(dataset.sizes["step"] / _WINDOWS))
     bottom.set_ylabel("minibatch loss as minimised (nats)" + (f",\nmean of {window:,} updates" if window > 1 else ""))
     bottom.set_xlabel("step (optimiser updates)")
-    for axes in (top, bottom):
+    for axes in (top, second, *middle, bottom):
         ruled(axes)
     if "steps_per_epoch" in dataset.attrs:
         length = float(dataset.attrs["steps_per_epoch"])
         epochs = top.secondary_xaxis("top", functions=(lambda step: step / length, lambda epoch: epoch * length))
         epochs.set_xlabel("epoch")
+    members = dataset.sizes["seed"]
+    bands = f"mean ± std of {members} seeds; bands: ± std (log axes: of the logarithm)"
+    seeds = "; thin: every seed" if 1 < members <= _MOST_LINES else ""
+    title = "1 seed, no band" if members == 1 else bands + seeds
     figure.legend(
+        *top.get_legend_handles_labels(),
         loc="outside lower center",
         handlelength=4.5,
-        title="last validation accuracy; 1 seed, no band"
-        if members == 1
-        else f"last validation accuracy, mean ± std of {members} seeds; bands: ± std (below: of the logarithm)",
+        title=f"last validation accuracy and loss, {title}",
     )
     return finish(figure, "Static and dynamical loss", dataset, note, path)
+
+
+def _label(found: Condition, evaluated: bool) -> str:
+    """A loss, its last validation accuracy, and what became of its seeds."""
+    label, outcome = found.name, found.outcome("validation")
+    if len(found.diverged) == found.seeds:
+        return f"{label}: diverged for every seed"
+    if evaluated and outcome.mean is not None:
+        label += f": {outcome.spread(100, 1)} %, {found.outcome('validation', 'loss').spread()} nats"
+    remarks = [f"median {words.number(outcome.median, 100, 1)}"] if found.collapsed and outcome.median else []
+    remarks += [f"{len(found.collapsed)} of {found.seeds} seeds collapsed"] if found.collapsed else []
+    if found.diverged:
+        remarks.append(f"{found.used} of {found.seeds} seeds; the others diverged")
+    return label + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def _curvature(axes: Axes, members: xr.Dataset, style: tuple[str, Any, str]) -> None:
+    """The largest Hessian eigenvalues of one condition: with a class at its peak, and, thin, of the static loss."""
+    steps = members.observation_step.values
+    largest = members.peak_hessian_max.transpose("seed", ...).values
+    _band(axes, steps, np.log(np.maximum(largest, 1e-12)), style, np.exp)
+    if float(members.amplitude) > 1:
+        static = members.static_hessian_max.transpose("seed", ...).values
+        mean = np.exp(np.log(np.maximum(static, 1e-12)).mean(0))
+        axes.plot(steps, mean, **_look(style, len(steps)) | {"linewidth": 1.0, "markerfacecolor": "white"})
+
+
+def _thresholds(axes: Axes, dataset: xr.Dataset) -> None:
+    """What a quadratic loss is stable below: 2/η in gradient descent, and less with Nesterov's momentum (Cohen et al.
+    2021, Gradient descent on neural networks typically occurs at the edge of stability, appendix B)."""
+    steps, rate, beta = dataset.observation_step.values, dataset.step_size.values, float(dataset.attrs["momentum"])
+    axes.plot(steps, 2 / rate, color="0.3", linestyle=(0, (1, 1)), linewidth=1.2, label="2/η")
+    limit = (2 + 2 * beta) / (1 + 2 * beta) / rate
+    axes.plot(steps, limit, color="0.3", linewidth=1.2, label=f"stable below, with Nesterov momentum {beta:g}")
+    axes.set_yscale("log")
+    axes.set_ylabel("largest Hessian eigenvalue:\na class at its peak (thin, hollow: static loss)")
+    axes.legend(fontsize=8)
 
 
 def class_weights(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
@@ -131,13 +180,14 @@ def _look(style: tuple[str, Any, str], points: int) -> dict[str, Any]:
 
 
 def _band(axes: Axes, x: np.ndarray, values: np.ndarray, style: tuple[str, Any, str], transform: Any = np.asarray):
-    """Draws mean and, for more than one seed, mean ± std of `[seeds, points]` through `transform`; returns both."""
+    """Draws the mean of `[seeds, points]` through `transform` and, for more than one seed, mean ± std and the seeds."""
     mean = values.mean(0)
-    std = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
     axes.plot(x, transform(mean), **_look(style, len(x)))
     if len(values) > 1:
-        axes.fill_between(x, transform(mean - std), transform(mean + std), color=style[0], alpha=0.15, linewidth=0)
-    return mean, std
+        std = values.std(0, ddof=1)
+        axes.fill_between(x, transform(mean - std), transform(mean + std), color=style[0], alpha=0.12, linewidth=0)
+    if 1 < len(values) <= _MOST_LINES:
+        axes.plot(x, transform(values.T), color=style[0], linestyle=style[1], linewidth=0.6, alpha=0.5, zorder=1.5)
 
 
 def _windows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,9 +17,12 @@ from rich.table import Table
 from scipy import stats
 
 from ..results import words
+from ..results.conditions import Condition
+from ..results.estimate import CONFIDENCE, SAME, Estimate
 from ..results.files import PACKAGES, file_name, write_texts
 from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title
-from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, Summary, plain
+from ..results.summary import Summary
+from ..results.tables import plain
 
 MOST_ROWS = 30  # of the table in the terminal
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.

@@ -14,9 +14,7 @@ import numpy as np
 import tyro
 import xarray as xr
 
-from eqx_dynloss import landscape
-
-from ..problems import cifar, images, spiral
+from ..problems import cifar, curvature, images, spiral
 from ..problems.presets import ComputeDtype, PresetName, chosen, default_name
 from ..problems.spiral import Init, LossName
 from ..running.errors import UsageError
@@ -168,26 +166,14 @@ def cifar_diagram(run: Session[Config]) -> xr.Dataset:
     name = config.preset or default_name()
     data = images.load(config.dataset, config.data_dir, tell=tell)
     preset = chosen(name, data, given | {"period": tuple(periods)})
-    problem = cifar.Problem.of(preset, data, parse_seeds(config.seeds), observe=largest_eigenvalue, keep_steps=False)
+    problem = cifar.Problem.of(
+        preset, data, parse_seeds(config.seeds), observe=curvature.of_step(_CURVATURE_IMAGES), keep_steps=False
+    )
     configuration = dataclasses.asdict(config) | {name: getattr(preset, name) for name in _OF_PRESET}
     configuration |= problem.sizes | {"dataset": data.name, "preset": name}
     run.open(f"phase-{data.name}", data.name, configuration)
     console.print(announcement([problem.task], f"{problem.work} | preset {name}"))
     return problem.results(train([problem.task], **run.checkpoints, wave=config.wave))
-
-
-def largest_eigenvalue(state, loss, data) -> dict[str, jax.Array]:
-    """The largest eigenvalue of the Hessian of the loss at the state's step, on the first 500 training images."""
-    count = min(_CURVATURE_IMAGES, len(data)) // 50 * 50 or len(data)
-    batches = jax.tree.map(lambda a: a[:count].reshape(-1, min(50, count), *a.shape[1:]), (data.inputs, data.labels))
-
-    def objective(model, batch):
-        inputs, labels = batch
-        return loss(jax.vmap(model)(data.transform(inputs)), labels, state.step)
-
-    key = jax.random.fold_in(state.key, state.step)
-    spectrum = landscape.hessian_spectrum(objective, state.model, batches, order=10, key=key)
-    return {"hessian_max": spectrum.eigenvalues[-1], "hessian_max_error": spectrum.errors[-1]}
 
 
 def parse_grid(text: str, flag: str) -> tuple[float, ...]:
@@ -217,11 +203,11 @@ def whole(values: tuple[float, ...]) -> tuple[float, ...]:
 def write_outputs(results: xr.Dataset, directory: Path) -> None:
     """Writes what is to be read and looked at, and prints what it says."""
     # Here: what only the end needs takes seconds to import.
-    from ..results import summary
+    from ..results import summary, tables
     from . import figures, statistics
 
     summarised, lines = summary.summarise(results), statistics.markdown(results)
-    summary.write_summary(summarised, results, directory, lines)
+    tables.write_summary(summarised, results, directory, lines)
     written = figures.write(results, directory)
     for notice in summarised.notices:
         warn(notice)

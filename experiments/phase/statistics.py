@@ -13,8 +13,10 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from ..results.conditions import Condition
+from ..results.estimate import CONFIDENCE, SAME, Estimate
 from ..results.labelled import SPLITS, by_setting
-from ..results.summary import CONFIDENCE, SAME, Condition, Estimate, summarise
+from ..results.summary import summarise
 from ..results.words import difference, markdown_table, spread
 
 FALSE_DISCOVERIES = 0.05

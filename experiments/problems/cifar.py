@@ -38,6 +38,7 @@ class Problem:
     preset: Preset
     steps_per_epoch: int
     periods: list[float]  # in steps
+    momentum: float
     task: Task
 
     @classmethod
@@ -91,7 +92,7 @@ class Problem:
             splits={"train": train_data, "validation": validation_data},
             plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
         )
-        return cls(images, preset, steps_per_epoch, periods, task)
+        return cls(images, preset, steps_per_epoch, periods, momentum, task)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -111,7 +112,7 @@ class Problem:
     def results(self, measured: xr.Dataset) -> xr.Dataset:
         """What `train` gave, with named dimensions and what it says of the run."""
         plan = self.task.plan
-        return unfold(
+        unfolded = unfold(
             measured,
             *([self.task.members.class_weights(plan.num_steps)] if plan.keep_steps else []),
             periods=self.periods,
@@ -120,12 +121,18 @@ class Problem:
             source=self.images.source,
             device=devices(),
             compute_dtype=self.preset.compute_dtype,
+            momentum=self.momentum,
             finished=measured.finished,
             steps_done=round(measured.steps_done),
             steps_planned=plan.num_steps,
             steps_per_epoch=self.steps_per_epoch,
             images_per_second=measured.member_updates_per_second * self.preset.batch_size,
         )
+        if plan.observe_evaluated:
+            rates = self.preset.learning_rate * rise_and_fall(plan.num_steps)(unfolded.observation_step.values)
+            about = {"units": "1", "long_name": "learning rate η at the observation"}
+            unfolded["step_size"] = ("observation_step", np.asarray(rates, float), about)
+        return unfolded
 
 
 class Standardise(eqx.Module):
@@ -154,19 +161,24 @@ def parse_period(text: str, steps_per_epoch: int) -> float:
 
 
 def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.GradientTransformation:
-    """The paper's optimiser: the rate rises from 0 to its peak at 3/7 of the steps and falls to a tenth at the end.
+    """The paper's optimiser, whose rate follows `rise_and_fall` up to the given peak.
 
     The peak and the momentum are injected hyperparameters, so that members may differ in them.
     """
-    rise = round(num_steps * 3 / 7)
-    shape = optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, rise), optax.linear_schedule(1.0, 0.1, num_steps - rise)], [rise]
-    )
+    shape = rise_and_fall(num_steps)
 
     def make(learning_rate, momentum):
         return optax.sgd(lambda count: learning_rate * shape(count), momentum, nesterov=True)
 
     return optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum)
+
+
+def rise_and_fall(num_steps: int) -> optax.Schedule:
+    """The paper's learning rate, relative to its peak: from 0 to 1 at 3/7 of the steps, and to a tenth at the end."""
+    rise = round(num_steps * 3 / 7)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, rise), optax.linear_schedule(1.0, 0.1, num_steps - rise)], [rise]
+    )
 
 
 def flops_per_image(width: int) -> float:

@@ -9,6 +9,7 @@ Variables and their dimensions (`step` counts updates from 0; `evaluation_step` 
 | `class_weights` | amplitude, period, step, class | 1, sums to the number of classes |
 | `diverged_at` | amplitude, period, seed | update, -1 for never |
 | what was observed, such as `hessian_max` | amplitude, period, seed, observation_step | |
+| `step_size`, where the learning rate changes | observation_step | 1 |
 
 A phase diagram has no numbers of single updates, and no dimension `step`.
 
@@ -48,6 +49,10 @@ _UNITS = {
     "observation_step": ("update", "updates made before the observation"),
     "hessian_max": ("1", "largest eigenvalue of the Hessian of the loss with the step's class weights"),
     "hessian_max_error": ("1", "error bound of hessian_max, the Ritz residual"),
+    "peak_hessian_max": ("1", "largest eigenvalue of the Hessian of the loss with one class at its peak"),
+    "peak_hessian_max_error": ("1", "error bound of peak_hessian_max, the Ritz residual"),
+    "static_hessian_max": ("1", "largest eigenvalue of the Hessian of the static loss at the same parameters"),
+    "static_hessian_max_error": ("1", "error bound of static_hessian_max, the Ritz residual"),
     "hessian_min": ("1", "smallest Ritz value of the same Hessian, an upper bound of its smallest eigenvalue"),
     "hessian_min_error": (
         "1",
@@ -185,7 +190,7 @@ def by_loss(part: xr.Dataset) -> list[xr.Dataset]:
 
 def loss_name(members: xr.Dataset) -> str:
     """The loss of a part of the dataset that has one amplitude and one period, in words."""
-    return words.loss_name(float(members.amplitude), float(members.period))
+    return words.loss_name(float(members.amplitude), float(members.period), members.attrs.get("steps_per_epoch"))
 
 
 def _attributes(name: str) -> dict[str, str]:

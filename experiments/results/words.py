@@ -31,6 +31,11 @@ def difference(
     return number(mean, scale, digits, sign=True) + _brackets(low, high, scale, digits, lead)
 
 
+def p_value(p: float | None) -> str:
+    """A p-value, to two digits."""
+    return MISSING if p is None else f"{p:.2g}"
+
+
 def correlation(r: float, low: float, high: float) -> str:
     """Pearson's r and its interval, or as much of it as there is."""
     return number(r, digits=3) + _brackets(low, high, digits=3)
@@ -40,9 +45,13 @@ def _brackets(low: float | None, high: float | None, scale: float = 1, digits: i
     return f" [{lead}{interval(low, high, scale, digits)}]" if _there(low) else ""
 
 
-def loss_name(amplitude: float, period: float | None) -> str:
-    """A loss; an amplitude of 1 is the static one, which has no period."""
-    return "static" if amplitude == 1 or period is None else f"A = {amplitude:g}, T = {period:g}"
+def loss_name(amplitude: float, period: float | None, steps_per_epoch: int | None = None) -> str:
+    """A loss, its period in steps and, if their number is given, in epochs; an amplitude of 1 is the static one, which
+    has no period."""
+    if amplitude == 1 or period is None:
+        return "static"
+    epochs = f" ({period / steps_per_epoch:.3g} ep)" if steps_per_epoch else ""
+    return f"A = {amplitude:g}, T = {period:g}{epochs}"
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,7 +30,8 @@ class Plan:
     batch_size: int | None = None
     microbatch_size: int | None = None
     observe: Observe | None = None
-    observe_every: int | None = None  # before every so many updates; None: only after the last one
+    observe_every: int | None = None  # before every so many updates; None: only after the last one, or
+    observe_evaluated: bool = False  # after every evaluation
     keep_steps: bool = True  # the numbers of every update; they need memory: members × updates
 
     @property

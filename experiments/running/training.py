@@ -115,7 +115,8 @@ def _joined(waves: Sequence[Wave]) -> xr.Dataset:
     for task in {id(one.task): one.task for one in begun}.values():
         parts = [one.record.measured.assign_coords(member=one.own) for one in begun if one.task is task]
         whole = _concat(parts)
-        if task.plan.observe_every is None and not finished:
+        at_the_end = task.plan.observe_every is None and not task.plan.observe_evaluated
+        if at_the_end and not finished:
             whole = whole.drop_dims("observation_step", errors="ignore")
         whole = whole.reindex(member=np.arange(len(task.members)), fill_value=missing_values(whole)).drop_vars("member")
         coordinates = {name: ("member", values) for name, values in task.members.coordinates.items()}

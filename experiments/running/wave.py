@@ -79,10 +79,11 @@ class Wave(contextlib.AbstractContextManager["Wave"]):
             steps_per_second = (number - self._first) * self.plan.chunk / (self.elapsed - self._compiled)
             self.record.updates_per_second = self.record.size * steps_per_second
         last = done == self.plan.num_steps
-        if last and self.plan.observe and self.plan.observe_every is None:
+        looked = last or self.falls_to(number, self.plan.num_evaluations)
+        due = looked if self.plan.observe_evaluated else last
+        if due and self.plan.observe and self.plan.observe_every is None:
             found = ensemble.observe(self.states, self.members.losses, self.data, self.plan.observe)
             observed = {name: values[:, None] for name, values in ensemble.gather(found).items()}
-        looked = last or self.falls_to(number, self.plan.num_evaluations)
         self.record.add(done, self.states, metrics, observed, evaluated if looked else None)
         if self._checkpoints is not None and any_host(self._checkpoints.due()):
             self._save(self._checkpoints)

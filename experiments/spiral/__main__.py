@@ -111,17 +111,17 @@ def tasks_of(config: Config) -> list[Task]:
 def write_outputs(results: xr.Dataset, directory: Path, show_seed: int) -> None:
     """Writes what is to be read and looked at, and prints the table."""
     # Here: what only the end needs takes seconds to import.
-    from ..results import summary
+    from ..results import summary, tables
     from . import bifurcation, dynamics, static
 
     summarised = summary.summarise(results)
     more = bifurcation.markdown(results) if "hessian_max" in results else ()
-    summary.write_summary(summarised, results, directory, more)
+    tables.write_summary(summarised, results, directory, more)
     figures = dynamics.write(results, directory, show_seed)
     if len(list(by_setting(results))) > 1:
         figures.append(directory / "static_curves.png")
         static.static_curves(results, figures[-1])
-    for printed in summary.to_print(summarised):
+    for printed in tables.to_print(summarised):
         console.print(printed)
     speed = results.attrs["member_updates_per_second"]
     console.print(

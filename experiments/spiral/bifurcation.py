@@ -19,9 +19,9 @@ from scipy import stats
 
 from eqx_dynloss import landscape
 
+from ..results.estimate import CONFIDENCE, Estimate
 from ..results.labelled import by_loss, by_setting, loss_name, loss_unit
 from ..results.style import finish, ruled
-from ..results.summary import CONFIDENCE, Estimate
 from ..results.words import correlation, markdown_table
 
 WINDOW = 25  # updates over which the period of the loss is determined

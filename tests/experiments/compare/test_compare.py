@@ -15,7 +15,8 @@ from experiments.compare import __main__ as compare
 from experiments.compare import comparison, figures, reading
 from experiments.compare.comparison import MOST_ROWS, Comparison, Run, select, welch, write
 from experiments.results import files
-from experiments.results.summary import Estimate, summarise
+from experiments.results.estimate import Estimate
+from experiments.results.summary import summarise
 from experiments.running.terminal import execute
 
 from ..synthetic import results

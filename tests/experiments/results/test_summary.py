@@ -6,8 +6,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from experiments.results.estimate import Estimate
 from experiments.results.files import file_name
-from experiments.results.summary import Estimate, console_table, summarise, write_summary
+from experiments.results.summary import summarise
+from experiments.results.tables import console_table, write_summary
 
 from ..synthetic import results
 
