@@ -140,7 +140,7 @@ def _collapsed(members: xr.Dataset, chance: float) -> dict[int, Collapse]:
     fell = (after < before / 2) | ((after <= chance) & (before > _ABOVE * chance))
     first = {i: int(fell[i].argmax()) for i in np.flatnonzero(fell.any(1))}
     seeds = members.seed.values.tolist()
-    return {seeds[i]: Collapse(int(steps[k + 1]), before[i, k], after[i, k]) for i, k in first.items()}
+    return {seeds[i]: Collapse(int(steps[k + 1]), float(before[i, k]), float(after[i, k])) for i, k in first.items()}
 
 
 def _paired(dynamical: Estimate, static: Estimate) -> Estimate:

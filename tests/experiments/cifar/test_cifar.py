@@ -23,7 +23,7 @@ from PIL import Image
 
 from experiments.cifar import __main__ as cifar
 from experiments.problems import cifar as problem
-from experiments.problems import images, prepare
+from experiments.problems import images, prepare, presets
 from experiments.problems.cifar import Standardise, datasets, flops_per_image, nesterov, parse_period
 from experiments.problems.images import ImageData
 from experiments.problems.presets import PRESETS
@@ -202,16 +202,29 @@ def test_the_paper_preset_is_the_papers_protocol(monkeypatch, capsys):
 
 
 def test_the_quick_preset_is_the_default_on_a_cpu(monkeypatch, capsys):
-    seen = captured(monkeypatch, made_up(8000, 100), "--seeds", 2, "--width", 2)
-    assert seen.num_steps == 4 * (8000 // 64) and len(seen.states.step) == 4
-    np.testing.assert_array_equal(seen.losses.schedule.stop, round(6 / 7 * 4 * 125))
+    seen = captured(monkeypatch, made_up(600, 100), "--seeds", 2, "--width", 2)
+    assert seen.num_steps == 100 * (500 // 32) and len(seen.states.step) == 4
+    np.testing.assert_array_equal(seen.losses.schedule.stop, round(6 / 7 * 100 * 15))
     assert "preset quick (no accelerator was found)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, epochs", [("", 21), ("--epochs 4", 4), ("--train-examples 1500", 4)])
-def test_a_smaller_data_set_gets_as_many_steps_unless_told_otherwise(monkeypatch, flags, epochs):
-    seen = captured(monkeypatch, made_up(1500, 100), "--seeds", 1, "--width", 1, *flags.split())
-    assert seen.num_steps == epochs * (1500 // 64)
+@pytest.mark.parametrize(
+    "flags, steps",
+    [("", 33 * 46), ("--epochs 4", 4 * 46), ("--train-examples 100", 33 * 3), ("--preset paper --epochs 2", 2 * 2)],
+)
+def test_what_stands_in_is_used_whole_in_as_many_steps_unless_told_otherwise(monkeypatch, flags, steps):
+    data = dataclasses.replace(made_up(1500, 100), name="digits")
+    assert captured(monkeypatch, data, "--seeds", 1, "--width", 1, *flags.split()).num_steps == steps
+
+
+def test_the_short_preset_is_the_default_on_an_accelerator(monkeypatch, capsys):
+    monkeypatch.setattr(presets, "jax", SimpleNamespace(devices=lambda: [SimpleNamespace(platform="gpu")]))
+    seen = captured(monkeypatch, made_up(1024, 100), "--seeds", 2)
+    assert seen.num_steps == 100 * 2 and seen.batch_size == 512
+    np.testing.assert_array_equal(seen.losses.schedule.amplitude, [1, 1, 20, 20])
+    np.testing.assert_array_equal(seen.losses.schedule.period[2:], 2)  # an epoch
+    printed = capsys.readouterr().out
+    assert "preset short (an accelerator was found)" in printed and "bfloat16" in printed
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 8, 39])
@@ -588,7 +601,8 @@ def test_help_is_readable(capsys):
     for part in (
         "usage: python -m experiments.cifar",
         "paper's protocol",
-        "{paper,quick}",
+        "{short,quick,paper}",
+        "Preset short: --amplitude 20.0 --period 1ep --width 64 --epochs 100",
         "0.5ep",
         "--amplitude FLOAT",
     ):

@@ -49,15 +49,19 @@ def test_the_legend_says_what_each_line_is(tmp_path):
     dataset = results(seeds=2, amplitudes=(10, 70), diverged={2: 50, 4: 50, 5: 50})
     static, partly, gone = legend(learning_curves(dataset, tmp_path / "a.png"))
     assert static.startswith("static: ") and "±" in static
-    assert partly.startswith("A = 10, T = 50: ") and "1 of 2 seeds; the others diverged" in partly and "±" not in partly
-    assert gone == "A = 70, T = 50: diverged for every seed"
+    assert (
+        partly.startswith("A = 10, T = 50 (1.25 ep): ")
+        and "1 of 2 seeds; the others diverged" in partly
+        and "±" not in partly
+    )
+    assert gone == "A = 70, T = 50 (1.25 ep): diverged for every seed"
 
 
 def test_one_seed_has_no_band(tmp_path):
     one, three = (learning_curves(results(seeds=n), tmp_path / "a.png") for n in (1, 3))
     assert "1 seed, no band" in one.legends[0].get_title().get_text()
-    assert [len(axes.collections) for axes in one.axes] == [0, 0]
-    assert [len(axes.collections) for axes in three.axes] == [2, 2]
+    assert [len(axes.collections) for axes in one.axes] == [0, 0, 0]
+    assert [len(axes.collections) for axes in three.axes] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("plot, shown", [(learning_curves, 6), (class_weights, 4)])

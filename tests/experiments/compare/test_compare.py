@@ -129,7 +129,7 @@ def test_rows_and_differences_against_scipy(capsys):
         assert f"−{abs(100 * versus['mean']):.2f} [−{abs(100 * versus['low']):.2f}" in output
         outcome = rows[4]["outcomes"]["validation"]["accuracy"]
         assert f"{100 * outcome['mean']:.2f} ± {100 * outcome['std']:.2f}" in output
-        assert "7/8" in output and "DIVERGED" in output and "A = 10, T = 50: seed 1" in output
+        assert "7/8" in output and "DIVERGED" in output and "A = 10, T = 50 (1.25 ep): seed 1" in output
     assert "Welch" in text and "not paired" in text
 
 
@@ -152,7 +152,7 @@ def test_only_what_is_comparable_is_compared():
         "without settings": results(dataset="spiral"),
     })  # fmt: skip
     assert {(row.run.name, row.condition.name) for row in runs.rows if row.versus} == {
-        ("b", f"width {width}, {loss}") for width in (30, 100) for loss in ("static", "A = 10, T = 50")
+        ("b", f"width {width}, {loss}") for width in (30, 100) for loss in ("static", "A = 10, T = 50 (1.25 ep)")
     }
     assert "DIFFERENT DATA SETS" in runs.notices[0] and "other on scikit-learn digits" in runs.notices[0]
     assert any(notice.startswith("half: INTERRUPTED") for notice in runs.notices)
@@ -311,7 +311,8 @@ def test_the_figure_has_a_point_per_seed_and_a_mean_per_condition(tmp_path):
     panels: list[Any] = figures.draw_outcomes(runs, tmp_path / "a.png").axes
     assert [axes.get_xlabel() for axes in panels] == ["validation accuracy (%)", "train accuracy (%)"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert labels == ["a", "static", "A = 10, T = 50", "b", "static", "A = 10, T = 50 (5 of 6 seeds)", "A = 30, T = 50"]
+    ten, thirty = (f"A = {A}, T = 50 (1.25 ep)" for A in (10, 30))
+    assert labels == ["a", "static", ten, "b", "static", f"{ten} (5 of 6 seeds)", thirty]
     for axes, split in zip(panels, ("validation", "train"), strict=True):
         bars = [line for line in axes.lines if line.get_marker() == "|"]
         seeds, means = ([m for m in axes.lines if m.get_markersize() == size and m not in bars] for size in (4, 8))
@@ -337,7 +338,7 @@ def test_curves_are_means_over_the_seeds_that_are_left(tmp_path):
     np.testing.assert_allclose(axes.lines[1].get_ydata(), values.mean(0), rtol=1e-6)
     np.testing.assert_array_equal(axes.lines[1].get_xdata(), dataset.evaluation_step)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[1].startswith("a: A = 10, T = 50 (3 of 4 seeds): ")
+    assert texts[1].startswith("a: A = 10, T = 50 (1.25 ep) (3 of 4 seeds): ")
     assert texts[1].endswith(f"{values.mean(0)[-1]:.1f} ± {values.std(0, ddof=1)[-1]:.1f} %")
     assert len(texts) == len(axes.lines) == 4 and len(axes.collections) == 2  # one seed, no band
     assert "static" in texts[2] and "±" not in texts[2] and r"\$" in texts[2]
@@ -349,7 +350,7 @@ def test_settings_are_in_the_labels(tmp_path):
     runs = compared({"a": with_settings()})
     figure = figures.draw_curves(runs, tmp_path / "a.png")
     assert [text.get_text().rsplit(":", 1)[0] for text in figure.legends[0].get_texts()] == [
-        f"a: width {width}, {loss}" for width in (30, 100) for loss in ("static", "A = 10, T = 50")
+        f"a: width {width}, {loss}" for width in (30, 100) for loss in ("static", "A = 10, T = 50 (1.25 ep)")
     ]
     assert len(set(looks(figure.axes[0]))) == 4
 

@@ -37,13 +37,14 @@ def with_accuracy(static: list[float], dynamical: list[float], **options):
 
 def test_an_estimate_by_hand():
     e = Estimate.of({0: 1.0, 1: 2.0, 2: 6.0})
-    assert (e.n, e.mean, e.std) == (3, 3.0, pytest.approx(7**0.5))  # deviations 4 + 1 + 9, over 3 - 1
+    assert (e.n, e.mean, e.median, e.std) == (3, 3.0, 2.0, pytest.approx(7**0.5))  # deviations 4 + 1 + 9, over 3 - 1
     half = 4.302653 * (7 / 3) ** 0.5  # Student's t for 2 degrees of freedom
     assert (e.low, e.high) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
 
 
 def test_members_at_chance_are_named_and_stay_in_the_means(tmp_path):
     dataset = results(seeds=4)
+    dataset.accuracy[1, 0, [1, 3], 1] = 0.1
     dataset.accuracy[1, 0, [1, 3], :, -1] = np.array([[0.11, 0.09], [0.1, 0.124]])
     dataset.accuracy[0, 0, 2, :, -1] = [0.6, 0.11]  # overfitted, but not guessing
     static, dynamical = summarise(dataset).conditions
@@ -51,7 +52,7 @@ def test_members_at_chance_are_named_and_stay_in_the_means(tmp_path):
     assert dynamical.used == 4 and dynamical.outcomes["validation"]["accuracy"].n == 4
     for text in outputs(dataset, tmp_path).values():
         assert "AT CHANCE (accuracies of guessing at the last evaluation): 2 of 8 members." in text
-        assert "A = 10, T = 50: seed 1, 3" in text
+        assert "A = 10, T = 50 (1.25 ep): seed 1, 3" in text
     assert not any("AT CHANCE" in notice for notice in summarise(results(seeds=4)).notices)
 
 
@@ -74,23 +75,97 @@ def test_differences_agree_with_a_paired_t_test(metric, split):
 @pytest.mark.parametrize(
     "dynamical, verdict",
     [
-        ([0.55, 0.66, 0.76], ": higher with the dynamical loss"),
-        ([0.45, 0.54, 0.64], ": lower with the dynamical loss"),
-        ([0.55, 0.56, 0.70], ": no difference established"),
+        ([0.55, 0.66, 0.76], ": higher with the dynamical loss by the interval; the ranks alone do not show it."),
+        ([0.45, 0.54, 0.64], ": lower with the dynamical loss by the interval; the ranks alone do not show it."),
+        ([0.55, 0.56, 0.70], ": no difference established."),
         ([0.60, 0.70, 0.80], ": all seeds differ by the same amount, too few distinct values"),
     ],
 )
 def test_the_evidence_says_what_the_interval_says(dynamical, verdict):
-    evidence = summarise(with_accuracy([0.5, 0.6, 0.7], dynamical)).conditions[1].evidence
-    assert evidence is not None and verdict in evidence and "3 seeds" in evidence
+    dataset = with_accuracy([0.5, 0.6, 0.7], dynamical)
+    dataset.loss[:, 0, :, 1, -1] = dataset.accuracy[:, 0, :, 1, -1]
+    accuracy, loss = summarise(dataset).conditions[1].evidence
+    assert accuracy.startswith("Validation accuracy, ") and verdict in accuracy and "3 seeds" in accuracy
+    assert loss.startswith("Validation loss, ") and verdict in loss and " nats (" in loss
+
+
+@pytest.mark.parametrize(
+    "differences, verdict",
+    [
+        ([0.01, 0.02, 0.03, 0.01, 0.02, 0.03, 0.02], "signed-rank p = 0.016): higher with the dynamical loss."),
+        (  # one member that collapsed decides the interval, but not the ranks
+            [-0.6, 0.02, 0.03, 0.01, 0.025, 0.035, 0.015, 0.04, 0.03],
+            "signed-rank p = 0.12): no difference established.",
+        ),
+        (
+            [0.01, 0.02, 0.03, 0.011, 0.025, 0.31, 0.015, 0.04, 0.021],
+            "signed-rank p = 0.0039): no difference established by the interval, though the ranks speak for one.",
+        ),
+    ],
+)
+def test_the_evidence_says_where_interval_and_ranks_disagree(differences, verdict):
+    static = np.linspace(0.62, 0.66, len(differences))
+    evidence = summarise(with_accuracy(static.tolist(), (static + differences).tolist())).conditions[1].evidence
+    assert evidence[0].endswith(verdict), evidence[0]
 
 
 def test_the_evidence_in_full():
     evidence = summarise(with_accuracy([0.5, 0.6], [0.51, 0.6])).conditions[1].evidence
-    assert evidence == (
-        "Validation accuracy, A = 10, T = 50: dynamical − static = +0.50 points (95 % CI −5.85 to 6.85, 2 seeds): "
-        "no difference established."
+    assert evidence[0] == (
+        "Validation accuracy, A = 10, T = 50 (1.25 ep): dynamical − static = +0.50 points (95 % CI −5.85 to 6.85, "
+        "2 seeds, signed-rank p = 1): no difference established."
     )
+
+
+def test_members_that_collapsed_are_named_with_what_became_of_them(tmp_path):
+    dataset = results(seeds=4, amplitudes=(10, 70), evaluations=8, steps=400)
+    validation = dataset.accuracy.sel(split="validation").isel(period=0)
+    validation[:] = np.linspace(0.3, 0.7, 8)
+    validation[1, 2, 3:] = [0.1, 0.2, 0.5, 0.56, 0.56]  # fell to chance at the fourth evaluation, and came back
+    validation[2, 0, 6:] = [0.29, 0.28]  # lost more than half, for good
+    validation[2, 1, 6:] = 0.4  # lost less
+    dataset.accuracy.loc[{"split": "validation"}] = validation.expand_dims(period=[50.0]).transpose(
+        *(name for name in dataset.accuracy.dims if name != "split")
+    )
+    static, ten, seventy = summarise(dataset).conditions
+    assert static.collapsed == {} and set(ten.collapsed) == {2} and set(seventy.collapsed) == {0}
+    assert ten.collapsed[2].update == 200 and seventy.collapsed[0].update == 350
+    assert ten.outcomes["validation"]["accuracy"].n == 4  # they stay in the means
+    for text in outputs(dataset, tmp_path).values():
+        assert "2 of 12 members" in text
+        assert "T = 50 (1.25 ep): seed 2 from 41% to 10% at update 200, 56% in the end" in text
+        assert "seed 0 from 59% to 29% at update 350, 28% in the end" in text
+    assert "| 10 | 50 | 4/4 | 0 | 1 |" in outputs(dataset, tmp_path)["markdown"]
+
+
+def test_a_low_accuracy_that_never_was_higher_is_no_collapse():
+    dataset = results(seeds=2)
+    dataset.accuracy[..., 1, :] = np.array([0.12, 0.15, 0.17, 0.11, 0.1, 0.12, 0.18, 0.124])
+    assert not any(c.collapsed for c in summarise(dataset).conditions)
+
+
+def test_many_collapsed_members_are_counted_and_some_named():
+    dataset = results(seeds=20)
+    dataset.accuracy[1, 0, :, 1, -1] = 0.1
+    (notice,) = [n for n in summarise(dataset).notices if n.startswith("COLLAPSED")]
+    assert "20 of 40 members" in notice and notice.count("seed ") == 6 and "and 14 more" in notice
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 8, 11])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_signed_rank_test_is_that_of_scipy(n, ties):
+    rng = np.random.default_rng(n)
+    sample = rng.normal(0.4, 1, n)
+    sample = np.round(2 * sample) / 2 if ties else sample
+    sample[0] = sample[0] or 0.5
+    oracle = stats.wilcoxon(sample, method=stats.PermutationMethod())
+    found = Estimate.of(dict(enumerate(sample.tolist())), differences=True).rank_p
+    assert found == pytest.approx(oracle.pvalue)
+
+
+def test_differences_that_are_all_zero_but_for_rounding_have_no_ranks():
+    assert Estimate.of({0: 0.0, 1: 3e-9, 2: -2e-9}, differences=True).rank_p == 1
+    assert Estimate.of({0: 1.0, 1: 2.0}).rank_p is None  # an outcome is no difference
 
 
 def test_diverged_members_are_left_out_of_both_sides_of_a_difference_and_reported(tmp_path):
@@ -129,8 +204,8 @@ def test_members_that_an_interrupted_run_never_came_to_are_not_called_diverged(t
 def test_when_every_member_diverged_there_is_nothing_to_compare(tmp_path):
     dataset = results(seeds=2, diverged={2: 10, 3: 10})
     evidence = summarise(dataset).conditions[1].evidence
-    assert evidence is not None and "nothing to compare" in evidence
-    assert "| 10 | 50 | 0/2 | 2 | – |" in outputs(dataset, tmp_path)["markdown"]
+    assert len(evidence) == 2 and all("nothing to compare" in sentence for sentence in evidence)
+    assert "| 10 | 50 | 0/2 | 2 | 0 | – |" in outputs(dataset, tmp_path)["markdown"]
 
 
 def test_one_seed_has_a_mean_but_no_spread(tmp_path):
@@ -174,7 +249,7 @@ def test_json_is_strict_and_complete(tmp_path):
     text = outputs(dataset, tmp_path)["json"]
     document = json.loads(text, parse_constant=reject)
     assert document["attributes"]["command"] == "python -m x" and document["attributes"]["weird"] is None
-    assert document["conditions"][1]["evidence"] and document["conditions"][0]["evidence"] is None
+    assert document["conditions"][1]["evidence"] and document["conditions"][0]["evidence"] == []
 
 
 def test_markdown_says_how_it_was_made_and_warns_of_many_comparisons(tmp_path):
