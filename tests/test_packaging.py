@@ -100,7 +100,8 @@ def test_the_arrows_point_one_way(package, banned):
         assert not relative_imports_that_leave(path, PACKAGES[package]), path
 
 
-# The rooms of experiments/, from the lowest up; commands are on top, side by side.
+# The rooms of experiments/, from the lowest up; commands are on top, side by side, and above them the one that joins
+# what they have left.
 ROOMS = ("results", "running", "problems")
 EXPERIMENTS = ROOT / "experiments"
 COMMANDS = sorted(path.parent.name for path in EXPERIMENTS.glob("*/__main__.py"))
@@ -124,14 +125,15 @@ def test_imports_of_the_experiments_go_down(path):
         assert path.name == "__init__.py" and not imported(path)
         return
     assert room in (*ROOMS, *COMMANDS)
-    below = ROOMS[: ROOMS.index(room)] if room in ROOMS else ROOMS
+    commands = [name for name in COMMANDS if name != room] if room == "merge" else []
+    below = ROOMS[: ROOMS.index(room)] if room in ROOMS else [*ROOMS, *commands]
     assert rooms_entered(path) <= set(below)
     assert not {name.split(".")[0] for name in imported(path)} & {"tests", "benchmarks", "eqx_dynloss_kernels"}
 
 
 def test_tests_mirror_the_rooms():
     rooms = {path.name for path in EXPERIMENTS.iterdir() if (path / "__init__.py").exists()}
-    assert rooms == {*ROOMS, *COMMANDS} and COMMANDS == ["cifar", "compare", "phase", "spiral"]
+    assert rooms == {*ROOMS, *COMMANDS} and COMMANDS == ["cifar", "compare", "merge", "phase", "spiral"]
     assert {path.parent.name for path in (ROOT / "tests" / "experiments").glob("*/test_*.py")} == rooms
 
 

@@ -123,12 +123,12 @@ def main(arguments: list[str] | None = None) -> bool:
         console.print(announcement([problem.task], f"{problem.work} | preset {name} ({reason})"))
         results = problem.results(train([problem.task], **run.checkpoints)).assign_attrs(preset=name)
         if run.save(results):
-            write_outputs(results, run.directory)
+            console.print(f"{write_outputs(results, run.directory)}: {run.directory}")
     return run.finished
 
 
-def write_outputs(results: xr.Dataset, directory: Path) -> None:
-    """Writes what is to be read and looked at, and prints the table."""
+def write_outputs(results: xr.Dataset, directory: Path) -> str:
+    """Writes what is to be read and looked at, prints the table, and returns what there is now, in words."""
     # Here: what only the end needs takes seconds to import.
     from ..results import summary, tables
     from . import figures
@@ -145,9 +145,7 @@ def write_outputs(results: xr.Dataset, directory: Path) -> None:
     if quick and gains and not any(low and low > 0 for low in gains):
         console.print(_ELSEWHERE)
     speed = results.attrs["images_per_second"]
-    console.print(
-        (f"{speed:,.0f} images/s. " if math.isfinite(speed) else "") + f"Results, summary and figures: {directory}"
-    )
+    return (f"{speed:,.0f} images/s. " if math.isfinite(speed) else "") + "Results, summary and figures"
 
 
 if __name__ == "__main__":

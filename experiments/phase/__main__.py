@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> bool:
         diagram = spiral_diagrams if run.config.experiment == "spiral" else cifar_diagram
         results = diagram(run)
         if run.save(results):
-            write_outputs(results, run.directory)
+            console.print(f"{write_outputs(results, run.directory)}: {run.directory}")
     return run.finished
 
 
@@ -200,8 +200,8 @@ def whole(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(float(value) for value in dict.fromkeys(round(value) for value in values))
 
 
-def write_outputs(results: xr.Dataset, directory: Path) -> None:
-    """Writes what is to be read and looked at, and prints what it says."""
+def write_outputs(results: xr.Dataset, directory: Path) -> str:
+    """Writes what is to be read and looked at, prints what it says, and returns what there is now, in words."""
     # Here: what only the end needs takes seconds to import.
     from ..results import summary, tables
     from . import figures, statistics
@@ -214,10 +214,8 @@ def write_outputs(results: xr.Dataset, directory: Path) -> None:
     for line in lines:
         console.print(line)
     speed = float(results.attrs.get("member_updates_per_second", math.nan))
-    console.print(
-        (f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else "")
-        + f"Results, summary and {len(written)} figures: {directory}"
-    )
+    lead = f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else ""
+    return f"{lead}Results, summary and {len(written)} figures"
 
 
 if __name__ == "__main__":

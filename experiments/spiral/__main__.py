@@ -88,8 +88,7 @@ def main(arguments: list[str] | None = None) -> bool:
             console.print(announcement(tasks, work))
             results = spiral.results(tasks, train(tasks, **run.checkpoints), config.period, config.loss)
         if run.save(results):
-            shown = parse_seeds(config.seeds)[0] if config.show_seed is None else config.show_seed
-            write_outputs(results, run.directory, shown)
+            console.print(f"{write_outputs(results, run.directory, config.show_seed)}: {run.directory}")
     return run.finished
 
 
@@ -108,8 +107,8 @@ def tasks_of(config: Config) -> list[Task]:
     )
 
 
-def write_outputs(results: xr.Dataset, directory: Path, show_seed: int) -> None:
-    """Writes what is to be read and looked at, and prints the table."""
+def write_outputs(results: xr.Dataset, directory: Path, show_seed: int | None = None) -> str:
+    """Writes what is to be read and looked at, prints the table, and returns what there is now, in words."""
     # Here: what only the end needs takes seconds to import.
     from ..results import summary, tables
     from . import bifurcation, dynamics, static
@@ -117,17 +116,15 @@ def write_outputs(results: xr.Dataset, directory: Path, show_seed: int) -> None:
     summarised = summary.summarise(results)
     more = bifurcation.markdown(results) if "hessian_max" in results else ()
     tables.write_summary(summarised, results, directory, more)
-    figures = dynamics.write(results, directory, show_seed)
+    figures = dynamics.write(results, directory, int(results.seed[0]) if show_seed is None else show_seed)
     if len(list(by_setting(results))) > 1:
         figures.append(directory / "static_curves.png")
         static.static_curves(results, figures[-1])
     for printed in tables.to_print(summarised):
         console.print(printed)
     speed = results.attrs["member_updates_per_second"]
-    console.print(
-        (f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else "")
-        + f"Results, summary and {len(figures)} figures: {directory}"
-    )
+    lead = f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else ""
+    return f"{lead}Results, summary and {len(figures)} figures"
 
 
 if __name__ == "__main__":

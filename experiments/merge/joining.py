@@ -1,0 +1,147 @@
+"""Runs that differ only in their seeds, or only in their amplitudes and periods, as if they had been one run."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..compare.reading import find, read, read_config
+from ..results.files import PACKAGES
+from ..running.errors import UsageError
+from ..running.flags import words
+
+_JOINED = ("seed", "amplitude", "period")
+_CELLS = ("amplitude", "period", "amplitudes", "periods")  # as the commands call them
+_FREE = ("seeds", *_CELLS, "run", "made_by", "data_dir", "show_seed", "wave")  # settings that may differ
+_SAME = ("dataset", "loss_function", "compute_dtype", "momentum", "steps_planned", "steps_per_epoch")
+_VERSIONS = ("git_commit", *PACKAGES)
+_OF_EACH = ("device", "platform", "python", "source")  # that may differ, and are all named
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run that is to be joined with others."""
+
+    path: Path
+    dataset: xr.Dataset
+    config: dict[str, Any]
+
+    @property
+    def experiment(self) -> str:
+        """The command that made it."""
+        command = str(self.dataset.attrs.get("merged", self.dataset.attrs.get("command", "")))
+        return command.partition("experiments.")[2].partition(" ")[0]
+
+    @classmethod
+    def of(cls, path: Path) -> "Part":
+        """Raises a `UsageError` for what is not a finished run with its configuration."""
+        file = find(path)
+        dataset, summary = read(file)
+        config = read_config(file, dataset.attrs["dataset"])
+        if config is None:
+            raise UsageError(f"there is no readable config.json beside {file}, which says how it was made.")
+        if not summary.finished:
+            raise UsageError(f"the run in {path} is not finished: go on with it first, with --resume {path}.")
+        return cls(path, dataset, config)
+
+
+def join(parts: Sequence[Part]) -> tuple[xr.Dataset, dict[str, Any]]:
+    """The results and the configuration that one run of all seeds, amplitudes and periods would have left.
+
+    What several runs have trained, such as the static loss on the same seeds, has to be equal to the last bit. Raises a
+    `UsageError` that names whatever else differs, or what is missing for a whole grid.
+    """
+    for one, other in itertools.combinations(parts, 2):
+        if one.path.resolve() == other.path.resolve():
+            raise UsageError(f"{other.path} is given twice: pass every run once.")
+        _refuse_others(one, other)
+        _refuse_conflicts(one, other)
+    datasets = [part.dataset.drop_attrs(deep=False) for part in parts]
+    joined = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop")
+    missing = joined.diverged_at.isnull()
+    if missing.any():
+        hole = missing.where(missing, drop=True).isel(dict.fromkeys(missing.dims, 0))
+        where = ", ".join(f"{name} {hole[name].item():g}" for name in _JOINED)
+        raise UsageError(f"no run has {where}: every amplitude needs every period and seed.")
+    for name, variable in parts[0].dataset.variables.items():  # a join makes whole numbers floating-point ones
+        joined[name] = joined[name].astype(variable.dtype).assign_attrs(variable.attrs)
+    joined = joined.sortby(list(_JOINED))
+    joined = joined.transpose(*parts[0].dataset.dims)
+    return joined.assign_attrs(_attributes(parts)), _configuration(parts, joined)
+
+
+def _refuse_others(one: Part, other: Part) -> None:
+    """Raises a `UsageError` that names what differs besides seeds, amplitudes and periods."""
+    pairs = {"command": (one.experiment, other.experiment)}
+    for names, of in (((*_SAME, *_VERSIONS), lambda part: part.dataset.attrs), (None, lambda part: part.config)):
+        ours, theirs = of(one), of(other)
+        for name in names or dict.fromkeys((*ours, *theirs)):
+            if names or name not in _FREE:
+                pairs[name] = (ours.get(name), theirs.get(name))
+    different = [
+        f"{name.replace('_', ' ')} {_words(a)} and {_words(b)}"
+        for name, (a, b) in pairs.items()
+        if not np.array_equal(np.asarray(a), np.asarray(b))
+    ]
+    if not different:
+        ours, theirs = one.dataset, other.dataset
+        if set(ours.variables) != set(theirs.variables):
+            different.append(f"what was measured, {', '.join(sorted(set(ours.variables) ^ set(theirs.variables)))}")
+        coordinates = [name for name in ours.coords if name not in _JOINED and name in theirs.coords]
+        same = lambda name: np.array_equal(ours[name].values, theirs[name].values)
+        different += [f"the coordinate {name}" for name in coordinates if not same(name)]
+    if different:
+        raise UsageError(
+            f"{one.path} and {other.path} differ in {'; '.join(different)}: only runs that differ in their seeds, or "
+            "in amplitudes and periods, are one run."
+        )
+
+
+def _refuse_conflicts(one: Part, other: Part) -> None:
+    """Raises a `UsageError` if what both runs have trained is not the same."""
+    ours, theirs = xr.align(one.dataset, other.dataset, join="inner", exclude=())
+    if not ours.sizes["seed"]:
+        return
+    for name, variable in ours.data_vars.items():
+        same = (variable == theirs[name]) | (variable.isnull() & theirs[name].isnull())
+        if not same.all():
+            where = same.where(~same, drop=True)
+            at = ", ".join(f"{dim} {where[dim].values[0]:g}" for dim in _JOINED if dim in where.dims)
+            raise UsageError(
+                f"{one.path} and {other.path} both have {at}, with a different {name}: they overlap, but are not parts "
+                "of one run."
+            )
+
+
+def _attributes(parts: Sequence[Part]) -> dict[str, Any]:
+    """What the joined dataset says of itself: the same as its parts, and what they were made by."""
+    attrs = [part.dataset.attrs for part in parts]
+    joined = {name: value for name, value in attrs[0].items() if not name.startswith("resumed_with_")}
+    for name in _OF_EACH:
+        values = dict.fromkeys(str(a[name]) for a in attrs if name in a)
+        joined |= {name: "; ".join(values)} if values else {}
+    joined |= {name: np.nan for name in ("images_per_second", "member_updates_per_second") if name in joined}
+    return joined | {"merged": "; ".join(str(a.get("merged", a.get("command", ""))) for a in attrs)}
+
+
+def _configuration(parts: Sequence[Part], joined: xr.Dataset) -> dict[str, Any]:
+    """The settings of the parts with the seeds, amplitudes and periods of all of them. Without those of a run in time,
+    such as where it is, by which it could be resumed: there is nothing to go on with."""
+    config = {name: value for name, value in parts[0].config.items() if name not in ("run", "made_by")}
+    seeds = joined.seed.values.tolist()
+    whole = seeds == list(range(seeds[0], seeds[-1] + 1))
+    config["seeds"] = f"{seeds[0]}:{seeds[-1] + 1}" if whole else seeds
+    for name in _CELLS:
+        values = [part.config[name] for part in parts if name in config]
+        if any(value != values[0] for value in values):
+            coordinate = joined[name.removesuffix("s")].values.tolist()
+            config[name] = coordinate if isinstance(values[0], list) else ",".join(f"{v:g}" for v in coordinate)
+    return config
+
+
+def _words(value: Any) -> str:
+    return "none" if value is None else words(tuple(value) if isinstance(value, list) else value)
