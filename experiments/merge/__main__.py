@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> bool:
     made_by = {"command": shlex.join(["python", "-m", "experiments.merge", *arguments])} | provenance()
     results.attrs["command"] = made_by["command"]
     name = results.attrs["dataset"]
-    command = importlib.import_module(f"{__package__.rpartition('.')[0]}.{parts[0].experiment}.__main__")
+    command = importlib.import_module(f"experiments.{parts[0].experiment}.__main__")
     try:
         with signals.saving_first(console.print):
             config.out.parent.mkdir(parents=True, exist_ok=True)

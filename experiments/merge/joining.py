@@ -76,21 +76,22 @@ def join(parts: Sequence[Part]) -> tuple[xr.Dataset, dict[str, Any]]:
 
 def _refuse_others(one: Part, other: Part) -> None:
     """Raises a `UsageError` that names what differs besides seeds, amplitudes and periods."""
-    pairs = {"command": (one.experiment, other.experiment)}
-    for names, of in (((*_SAME, *_VERSIONS), lambda part: part.dataset.attrs), (None, lambda part: part.config)):
-        ours, theirs = of(one), of(other)
-        for name in names or dict.fromkeys((*ours, *theirs)):
-            if names or name not in _FREE:
-                pairs[name] = (ours.get(name), theirs.get(name))
+    ours, theirs = one.config.keys() - {*_FREE}, other.config.keys() - {*_FREE}
+    pairs = [("command", one.experiment, other.experiment)]
+    pairs += [(name, one.config.get(name), other.config.get(name)) for name in sorted(ours | theirs)]
+    pairs += [(name, one.dataset.attrs.get(name), other.dataset.attrs.get(name)) for name in (*_SAME, *_VERSIONS)]
     different = [
         f"{name.replace('_', ' ')} {_words(a)} and {_words(b)}"
-        for name, (a, b) in pairs.items()
+        for name, a, b in pairs
         if not np.array_equal(np.asarray(a), np.asarray(b))
     ]
+    different = list(dict.fromkeys(different))  # the results repeat some of the settings
     if not different:
         ours, theirs = one.dataset, other.dataset
         if set(ours.variables) != set(theirs.variables):
-            different.append(f"what was measured, {', '.join(sorted(set(ours.variables) ^ set(theirs.variables)))}")
+            different.append(
+                f"what was measured, {', '.join(sorted(map(str, set(ours.variables) ^ set(theirs.variables))))}"
+            )
         coordinates = [name for name in ours.coords if name not in _JOINED and name in theirs.coords]
         same = lambda name: np.array_equal(ours[name].values, theirs[name].values)
         different += [f"the coordinate {name}" for name in coordinates if not same(name)]
@@ -122,7 +123,7 @@ def _attributes(parts: Sequence[Part]) -> dict[str, Any]:
     attrs = [part.dataset.attrs for part in parts]
     joined = {name: value for name, value in attrs[0].items() if not name.startswith("resumed_with_")}
     for name in _OF_EACH:
-        values = dict.fromkeys(str(a[name]) for a in attrs if name in a)
+        values = dict.fromkeys(value for a in attrs if name in a for value in str(a[name]).split("; "))
         joined |= {name: "; ".join(values)} if values else {}
     joined |= {name: np.nan for name in ("images_per_second", "member_updates_per_second") if name in joined}
     return joined | {"merged": "; ".join(str(a.get("merged", a.get("command", ""))) for a in attrs)}

@@ -83,7 +83,10 @@ class Problem:
         images_per_step = preset.batch_size * len(members)
         per_image = cpu_seconds_per_image(preset.width, math.prod(images.train_images.shape[1:3]))
         chunk_target = 2 / (per_image * images_per_step) if on_cpu else steps_per_epoch
-        chunk = chunk_length(num_steps, min(chunk_target, num_steps / preset.evaluations))
+        each, rest = divmod(num_steps, preset.evaluations)  # steps from one evaluation to the next
+        chunk = chunk_length(num_steps if rest else each, min(chunk_target, num_steps / preset.evaluations))
+        if not rest and each % chunk:
+            chunk = 1  # evaluations come at the same steps for any number of members
         microbatch_size = cpu_microbatch_size(preset.batch_size, preset.width) if on_cpu else None
         task = Task(
             name="",

@@ -47,8 +47,9 @@ def at_peak_and_static(num_images: int):
 
 def _peak(schedule: OscillatingWeights, step: Array, key: Key[Array, ""]) -> Float[Array, ""]:
     """A step at which one of the classes that have a whole turn is at its peak; the given one if all turns are over."""
-    turns = jnp.clip(schedule.stop // schedule.period, 1, schedule.num_classes).astype(int)
-    return jnp.where(step < schedule.stop, (jr.randint(key, (), 0, turns) + 0.5) * schedule.period, step)
+    now, turns = step.astype(schedule.stop.dtype), jnp.clip(schedule.stop // schedule.period, 1.0, schedule.num_classes)
+    turn = jr.randint(key, (), 0, turns.astype(int)).astype(now.dtype)
+    return jnp.where(now < schedule.stop, (turn + 0.5) * schedule.period, now)
 
 
 def _largest(

@@ -106,17 +106,8 @@ def write_summary(
     lines += ["", *more] if more else []
     lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
     attrs = {key: plain(value) for key, value in dataset.attrs.items()}
-    made = (
-        "loss_function",
-        "command",
-        "merged",
-        "device",
-        "compute_dtype",
-        "python",
-        *PACKAGES,
-        "platform",
-        "git_commit",
-    )
+    made = ["loss_function", "command", "merged", "device", "compute_dtype"]
+    made += ["python", *PACKAGES, "platform", "git_commit"]
     for key in (*made, *(name for name in attrs if name.startswith("resumed_with_"))):
         if key in attrs:
             lines.append(f"- {key.replace('_', ' ')}: `{attrs[key]}`")

@@ -492,6 +492,34 @@ def test_a_run_interrupted_before_any_evaluation_leaves_what_it_has(linear, tmp_
     assert results.class_weights.sizes["step"] == chunks
 
 
+def test_the_curvature_is_observed_at_every_evaluation(linear, tmp_path, monkeypatch):
+    flags = [*TINY, "--seeds", 2, "--evaluations", 3, "--curvature", 20]
+    assert command(*flags, "--out", tmp_path / "whole") == 0
+    whole = files.load(tmp_path / "whole" / "digits_results.nc")
+    np.testing.assert_array_equal(whole.observation_step, whole.evaluation_step)
+    peak, static = whole.peak_hessian_max, whole.static_hessian_max
+    assert np.isfinite(peak).all() and np.isfinite(whole.static_hessian_max_error).all() and (static > 0).all()
+    np.testing.assert_allclose(peak.sel(amplitude=1), static.sel(amplitude=1), rtol=1e-5)
+    rate = problem.nesterov(PRESETS["quick"].learning_rate, 0.0, 7)
+    expected = [rate_at(rate, step) for step in whole.observation_step.values]
+    np.testing.assert_allclose(whole.step_size, expected, rtol=1e-5)
+
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        assert command(*flags, "--out", tmp_path / "half") == 130
+    half = files.load(tmp_path / "half" / "digits_results.nc")
+    assert 0 < half.sizes["observation_step"] < 3 and np.isfinite(half.peak_hessian_max).all()
+    assert command("--resume", tmp_path / "half") == 0
+    resumed = files.load(tmp_path / "half" / "digits_results.nc")
+    for name in ("peak_hessian_max", "static_hessian_max", "step_size", "accuracy"):
+        np.testing.assert_array_equal(resumed[name].values, whole[name].values)
+
+
+def test_it_can_be_switched_off(linear, tmp_path):
+    assert command(*TINY, "--seeds", 1, "--curvature", 0, "--out", tmp_path / "out") == 0
+    assert "observation_step" not in files.load(tmp_path / "out" / "digits_results.nc").dims
+
+
 # Wrong use
 
 

@@ -1,4 +1,9 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -62,6 +67,57 @@ def test_one_seed_has_no_band(tmp_path):
     assert "1 seed, no band" in one.legends[0].get_title().get_text()
     assert [len(axes.collections) for axes in one.axes] == [0, 0, 0]
     assert [len(axes.collections) for axes in three.axes] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("seeds, lines", [(2, 2), (8, 8), (9, 0)])
+def test_few_seeds_are_drawn_one_by_one(tmp_path, seeds, lines):
+    dataset = results(seeds=seeds)
+    figure: Any = learning_curves(dataset, tmp_path / "a.png")
+    validation = 100 * dataset.accuracy.sel(split="validation", amplitude=10).isel(period=0).values
+    thin = [line for line in figure.axes[0].lines if line.get_linewidth() < 1]
+    assert len(thin) == 2 * lines and ("thin: every seed" in figure.legends[0].get_title().get_text()) == bool(lines)
+    if lines:
+        np.testing.assert_allclose([line.get_ydata() for line in thin[lines:]], validation)
+
+
+def test_collapsed_seeds_are_counted_in_the_legend(tmp_path):
+    dataset = results(seeds=4)
+    dataset.accuracy[1, 0, 2, 1, -2:] = 0.1
+    static, dynamical = legend(learning_curves(dataset, tmp_path / "a.png"))
+    assert "collapsed" not in static and "1 of 4 seeds collapsed" in dynamical and "median" in dynamical
+
+
+def test_the_curvature_has_a_panel_with_what_is_stable(tmp_path):
+    dataset = results(seeds=3, momentum=0.9)
+    steps = dataset.evaluation_step.values
+    shape = (*dataset.diverged_at.shape, len(steps))
+    dims = ("amplitude", "period", "seed", "observation_step")
+    largest = np.random.default_rng(0).lognormal(2, 1, shape)
+    dataset = dataset.assign_coords(observation_step=steps).assign(
+        peak_hessian_max=(dims, largest), static_hessian_max=(dims, largest / 2),
+        step_size=("observation_step", np.linspace(0.02, 0.05, len(steps))),
+    )  # fmt: skip
+    axes = learning_curves(dataset, tmp_path / "a.png").axes
+    assert len(axes) == 4 and len(learning_curves(results(), tmp_path / "b.png").axes) == 3
+    panel: Any = axes[2]
+    drawn = {str(line.get_label()): line.get_ydata() for line in panel.lines}
+    np.testing.assert_allclose(drawn["2/η"], 2 / dataset.step_size)
+    np.testing.assert_allclose(panel.lines[0].get_ydata(), np.exp(np.log(largest[0, 0]).mean(0)))
+    for rate, limit in zip(dataset.step_size.values, drawn["stable below, with Nesterov momentum 0.9"], strict=True):
+        assert converges(0.99 * limit, rate) and not converges(1.01 * limit, rate)
+
+
+def converges(eigenvalue: float, rate: float) -> bool:
+    """Whether the optimiser of the experiments comes to rest on a quadratic loss of that curvature."""
+    optimiser = optax.sgd(rate, momentum=0.9, nesterov=True)
+
+    def step(carry, _):
+        x, state = carry
+        update, state = optimiser.update(eigenvalue * x, state)
+        return (x + update, state), None
+
+    (x, _), _ = jax.lax.scan(step, (jnp.float32(1.0), optimiser.init(jnp.float32(1.0))), length=3000)
+    return bool(jnp.abs(x) < 1e-3)
 
 
 @pytest.mark.parametrize("plot, shown", [(learning_curves, 6), (class_weights, 4)])
