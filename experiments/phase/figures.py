@@ -1,4 +1,4 @@
-"""Figures of a phase diagram: maps of the (A, T) plane with a number in every cell, and the gain against the width.
+"""Figures of a phase diagram: maps of the (A, T) plane with a number in every cell.
 
 The colours of a map only guide the eye: their lightness is monotone (for gains, on each side of zero), and the numbers
 say the rest, also in black and white.
@@ -14,26 +14,22 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from ..results.files import file_name
-from ..results.labelled import SPLITS, by_setting
-from ..results.style import STATIC, STYLES, finish
-from .statistics import best, loss_function, over_cells, series, statistics
+from ..results.labelled import SPLITS, by_setting, loss_unit
+from ..results.style import finish
+from .statistics import loss_function, series, statistics
+from .widths import gain_by_width
 
 _CELL = 0.62, 0.42  # inches
 _LEAST = 2.6, 1.7  # inches, of a panel with few cells
 _LEFT = "; n/N: n seeds are left, the others diverged or were not reached"
+_FALLEN = "; †n: n seeds collapsed on the way"
 _DOT = {"linestyle": "none", "marker": "o", "markersize": 3.5, "markeredgewidth": 0}
-_LINES = (
-    "static loss (A = 1)",
-    "dynamical loss, mean of all cells",
-    "dynamical loss, best cell by validation accuracy",
-)
 
 
 def write(dataset: xr.Dataset, directory: Path) -> list[Path]:
-    """Draws everything: `phase…` and, with curvature, `curvature…` for each setting; `widths` for several of them."""
+    """Draws for each setting `phase…`, `validation_loss…` and, with curvature, `curvature…`; `widths` for several."""
     written = []
     if dataset.sizes["amplitude"] < 2:
         return written
@@ -45,6 +41,7 @@ def write(dataset: xr.Dataset, directory: Path) -> list[Path]:
     for setting, part in by_setting(dataset):
         suffix = f"-{re.sub('[^A-Za-z0-9.+]+', '-', setting)}" if setting else ""
         heat_maps(part, path(f"phase{suffix}.png"))
+        loss_maps(part, path(f"validation_loss{suffix}.png"))
         if "hessian_max" in part and part.sizes["observation_step"]:
             curvature_map(part, path(f"curvature{suffix}.png"))
     if series(dataset)[1]:
@@ -55,29 +52,54 @@ def write(dataset: xr.Dataset, directory: Path) -> list[Path]:
 def heat_maps(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
     """Writes a PNG for one setting: accuracy of both splits over A and T as mean over seeds, standard deviation, and
     gain over the static loss of the same seeds, with a dot where that is significant. The figure is returned too."""
-    found, seeds = statistics(part), part.sizes["seed"]
+    found = statistics(part)
     figure, panels = _panels(part, len(SPLITS), 3)
-    for split, (mean, std, gain) in zip(SPLITS, panels, strict=True):
-        cells = found.sel(split=split)
-        values = 100 * _on_static(cells.static_mean, cells["mean"])
-        texts = _counted([f"{v:.1f}" for v in values.flat], _on_static(cells.static_n, cells.n), seeds)
-        _map(mean, values, texts, "cividis", _range(values), "%")
-        mean.set_title(f"{split}: mean accuracy")
+    for split, row in zip(SPLITS, panels, strict=True):
+        _statistics_maps(row, found.sel(split=split), f"{split}: ", "accuracy", "points")
+    title = f"Accuracy over amplitude and period{loss_function(part)}"
+    return finish(figure, title, part, _remarks(found), path)
 
-        values = 100 * _on_static(cells.static_std, cells["std"])
-        _map(std, values, [f"{v:.1f}" for v in values.flat], "magma_r", Normalize(0, _largest(values)), "points")
-        std.set_title(f"{split}: std over seeds")
 
-        values = 100 * _on_static(xr.zeros_like(cells.static_mean), cells.gain)
-        texts = ["0", *(f"{v:+.1f}".replace("-", "−") for v in values.flat[1:])]
-        most = _largest(values)
-        inks = _map(gain, values, texts, "RdBu", Normalize(-most, most), "points")
-        gain.set_title(f"{split}: paired gain over A = 1")
-        for a, p in np.argwhere(cells.significant.values):
-            gain.plot(p + 0.37, a + 1.3, color=inks[a, p], **_DOT)
-    note = f"{_seeds(part)}; dot: significant, by paired t-tests with a false discovery rate of 5 % in the panel"
+def loss_maps(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
+    """Writes a PNG as `heat_maps` does, of the validation loss without class weights."""
+    found = statistics(part, "loss").sel(split="validation")
+    figure, panels = _panels(part, 1, 3)
+    _statistics_maps(panels[0], found, "", "validation loss", loss_unit(part))
+    title = f"Validation loss over amplitude and period{loss_function(part)}"
+    return finish(figure, title, part, _remarks(found), path)
+
+
+def _statistics_maps(panels: np.ndarray, cells: xr.Dataset, lead: str, what: str, unit: str) -> None:
+    """Draws mean, standard deviation and paired difference of one split; accuracies in per cent."""
+    scale, digits = (100, 1) if what == "accuracy" else (1, 2)
+    mean, std, gain = panels
+    values = scale * _on_static(cells.static_mean, cells["mean"])
+    texts = _counted([f"{v:.{digits}f}" for v in values.flat], _on_static(cells.static_n, cells.n), cells.seeds.item())
+    fallen = _on_static(cells.static_collapsed, cells.collapsed).flat
+    texts = [text + (f"\n†{n:.0f}" if n else "") for text, n in zip(texts, fallen, strict=True)]
+    _map(mean, values, texts, "cividis" if scale == 100 else "cividis_r", _range(values), "%" if scale == 100 else unit)
+    mean.set_title(f"{lead}mean {what}")
+
+    values = scale * _on_static(cells.static_std, cells["std"])
+    largest = Normalize(0, _largest(values, scale))
+    _map(std, values, [f"{v:.{digits}f}" for v in values.flat], "magma_r", largest, unit)
+    std.set_title(f"{lead}std over seeds")
+
+    values = scale * _on_static(xr.zeros_like(cells.static_mean), cells.gain)
+    texts = ["0", *(f"{v:+.{digits}f}".replace("-", "−") for v in values.flat[1:])]
+    most = _largest(values, scale)
+    inks = _map(gain, values, texts, "RdBu" if scale == 100 else "RdBu_r", Normalize(-most, most), unit)
+    gain.set_title(f"{lead}paired {'gain over' if scale == 100 else 'difference from'} A = 1")
+    for a, p in np.argwhere(cells.significant.values):
+        gain.plot(p + 0.37, a + 1.3, color=inks[a, p], **_DOT)
+
+
+def _remarks(found: xr.Dataset) -> str:
+    """What a figure says of its seeds and signs."""
+    seeds = int(found.seeds.max())
+    note = f"{_seeds(seeds)}; dot: significant, by paired t-tests with a false discovery rate of 5 % in the panel"
     note += _LEFT if min(found.n.min(), found.static_n.min()) < seeds else ""
-    return finish(figure, f"Accuracy over amplitude and period{loss_function(part)}", part, note, path)
+    return note + (_FALLEN if max(found.collapsed.max(), found.static_collapsed.max()) else "")
 
 
 def curvature_map(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
@@ -88,7 +110,7 @@ def curvature_map(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
     shown = {"hessian_max": "Hessian", "ntk_max": "NTK"}
     shown = {name: title for name, title in shown.items() if name in part}
     figure, panels = _panels(part, 1, len(shown))
-    note = f"observed after {int(part.observation_step.values[-1]):,} updates, {_seeds(part)}"
+    note = f"observed after {int(part.observation_step.values[-1]):,} updates, {_seeds(part.sizes['seed'])}"
     for axes, (name, title) in zip(panels.flat, shown.items(), strict=True):
         last = part[name].isel(observation_step=-1).where(part.diverged_at < 0)
         finite = last.where(np.isfinite(last)).transpose("amplitude", "period", "seed")
@@ -98,43 +120,6 @@ def curvature_map(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
         axes.set_title(f"largest {title} eigenvalue,\nmedian over seeds")
         note += _LEFT if left.min() < part.sizes["seed"] and _LEFT not in note else ""
     return finish(figure, f"Curvature over amplitude and period{loss_function(part)}", part, note, path)
-
-
-def gain_by_width(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
-    """Writes a PNG of the accuracies of static and dynamical loss against the width (or the learning rate, if only that
-    varies), mean ± std over seeds; validation above, train below, a column for each other setting."""
-    along, groups = series(dataset)
-    columns = len(groups)
-    figure = Figure(figsize=(2 + 4.6 * columns, 8.5), dpi=150, layout="constrained")
-    panels = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
-    for (rest, parts), column in zip(groups.items(), panels.T, strict=True):
-        x = np.array([part[along].item() for part in parts])
-        found = [statistics(part) for part in parts]
-        cells = [best(cell.sel(split="validation")) for cell in found]
-        for axes, split in zip(column, ("validation", "train"), strict=True):
-            at = [each.sel(split=split) for each in found]
-            averages = [over_cells(part, split, "outcome") for part in parts]
-            curves = (
-                [(each.static_mean, each.static_std) for each in at],
-                [(each.mean, each.std) for each in averages],
-                [(each["mean"][cell], each["std"][cell]) for each, cell in zip(at, cells, strict=True)],
-            )
-            for i, (label, style, curve) in enumerate(zip(_LINES, (STATIC, *STYLES), curves, strict=False)):
-                mean, std = 100 * np.array(curve, float).T
-                look = dict(zip(("color", "linestyle", "marker"), style, strict=True))
-                axes.errorbar(x * 1.03 ** (i - 1), mean, np.nan_to_num(std), label=label, capsize=4, **look)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(FixedLocator(x.tolist()))
-            axes.xaxis.set_major_formatter(FixedFormatter([f"{value:g}" for value in x]))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.grid(alpha=0.3)
-        column[0].set_title(rest)
-        column[1].set_xlabel({"width": "width (hidden units or channels)"}.get(along, "learning rate η"))
-    panels[0, 0].set_ylabel("validation accuracy (%)")
-    panels[1, 0].set_ylabel("train accuracy (%)")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
-    note = f"{_seeds(dataset)}, bars: ± std; choosing the best of the cells overstates it"
-    return finish(figure, f"Accuracy by {along.replace('_', ' ')}{loss_function(dataset)}", dataset, note, path)
 
 
 def _panels(part: xr.Dataset, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
@@ -213,13 +198,13 @@ def _range(values: np.ndarray, logarithmic: bool = False) -> Normalize:
     return Normalize(low, high if high > low else low + 1)
 
 
-def _largest(values: np.ndarray) -> float:
-    """The largest size, at least a tenth of a point."""
-    return float(np.max(np.abs(values), initial=0.1, where=np.isfinite(values)))
+def _largest(values: np.ndarray, scale: float) -> float:
+    """The largest size, at least a thousandth of the scale."""
+    return float(np.max(np.abs(values), initial=scale / 1000, where=np.isfinite(values)))
 
 
-def _seeds(dataset: xr.Dataset) -> str:
-    return f"{dataset.sizes['seed']} seed" + "s" * (dataset.sizes["seed"] > 1)
+def _seeds(number: int) -> str:
+    return f"{number} seed" + "s" * (number > 1)
 
 
 def _label(period: float) -> str:

@@ -15,18 +15,19 @@ from scipy import stats
 
 from ..results.conditions import Condition
 from ..results.estimate import CONFIDENCE, SAME, Estimate
-from ..results.labelled import SPLITS, by_setting
+from ..results.labelled import SPLITS, by_setting, loss_unit
 from ..results.summary import summarise
 from ..results.words import difference, markdown_table, spread
 
 FALSE_DISCOVERIES = 0.05
-_COUNTS = ("n", "static_n", "seeds", "significant")
+_COUNTS = ("n", "static_n", "seeds", "significant", "collapsed", "static_collapsed")
+_Metric = Literal["accuracy", "loss"]
 _GAIN = {"gain": "mean", "low": "low", "high": "high"}
 _LEGEND = (
     "In %, mean ± std over seeds. ▲ ▼: significantly above, below the static loss of the same seeds (two-sided paired "
     "t-tests, Benjamini–Hochberg over all cells of a table, false discovery rate 5 %). (n): only n seeds are left, the "
     "others diverged or were not reached. –: none is left. Fewer than 2 pairs of seeds, or the same difference for "
-    "all, are not tested."
+    "all, are not tested. †n: n seeds collapsed on the way (validation accuracy to chance, or by more than half)."
 )
 
 
@@ -36,27 +37,31 @@ def loss_function(dataset: xr.Dataset) -> str:
     return "" if name == "cross-entropy" else f", {name} loss"
 
 
-def statistics(part: xr.Dataset) -> xr.Dataset:
-    """The phase diagram of one setting, each split at its last evaluation.
+def statistics(part: xr.Dataset, metric: _Metric = "accuracy") -> xr.Dataset:
+    """The phase diagram of one setting, of accuracy or loss, each split at its last evaluation.
 
     Accuracies are fractions; NaN is what too few seeds cannot give. With dimensions `split`, `amplitude` (those above
     1) and `period`: `mean`, `std` and number `n` of the members that did not diverge; `gain`, the mean of their paired
     differences from the static loss, with its 95 % confidence interval `low` to `high` and the p-value `p` of the
-    paired t-test; and whether the gain is `significant`. With dimension `split` alone: `static_mean`, `static_std`,
-    `static_n`, and the number of `seeds` that were trained.
+    paired t-test; whether the gain is `significant`; and how many members `collapsed` on the way. With dimension
+    `split` alone: `static_mean`, `static_std`, `static_n`, `static_collapsed`, and the number of `seeds` that were
+    trained.
     """
     static, *dynamical = summarise(part).conditions
-    found = [_cells(part, split, static, dynamical) for split in SPLITS]
+    found = [_cells(part, split, static, dynamical, metric) for split in SPLITS]
     return xr.concat(found, xr.DataArray(list(SPLITS), dims="split", name="split"), data_vars="all")
 
 
-def _cells(part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition]) -> xr.Dataset:
-    reference = static.outcome(split)
-    outcomes = [c.outcome(split) for c in dynamical]
-    gains = [c.difference(split) for c in dynamical]
+def _cells(
+    part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition], metric: _Metric
+) -> xr.Dataset:
+    reference = static.outcome(split, metric)
+    outcomes = [c.outcome(split, metric) for c in dynamical]
+    gains = [c.difference(split, metric) for c in dynamical]
     cells = {name: [getattr(e, name) for e in outcomes] for name in ("mean", "std", "n")}
     cells |= {name: [getattr(e, field) for e in gains] for name, field in _GAIN.items()}
     cells |= {f"static_{name}": getattr(reference, name) for name in ("mean", "std", "n")}
+    cells |= {"collapsed": [len(c.collapsed) for c in dynamical], "static_collapsed": len(static.collapsed)}
     cells |= {"p": [_p_value(e) for e in gains], "seeds": part.sizes["seed"]}
     # A cell that could not be tested counts as one without any evidence.
     cells["significant"] = stats.false_discovery_control(np.nan_to_num(cells["p"], nan=1.0)) <= FALSE_DISCOVERIES
@@ -99,7 +104,7 @@ def series(dataset: xr.Dataset) -> tuple[str, dict[str, list[xr.Dataset]]]:
 
 
 def counts(cells: xr.Dataset) -> tuple[int, int, int]:
-    """In how many cells of one split the dynamical loss is significantly better, significantly worse, undecided."""
+    """In how many cells of one split the dynamical loss is significantly above, significantly below, undecided."""
     better, worse = (int((cells.significant & (sign * cells.gain > 0)).sum()) for sign in (1, -1))
     return better, worse, cells.significant.size - better - worse
 
@@ -120,6 +125,7 @@ def markdown(dataset: xr.Dataset) -> list[str]:
         train, validation = (statistics(part).sel(split=split) for split in SPLITS)
         lines += ["", f"### {setting}"] if setting else []
         lines += [*_table(train), *_table(validation), "", _verdict(train), _verdict(validation), _best(validation)]
+        lines += _of_loss(statistics(part, "loss").sel(split="validation"), loss_unit(part))
         gain = over_cells(part, "validation", "difference")
         compared = " / ".join(map(str, counts(validation)))
         overview.append([setting, _spread(validation, "static_"), compared, _points(gain.mean, gain.low, gain.high)])
@@ -133,17 +139,36 @@ def markdown(dataset: xr.Dataset) -> list[str]:
     return lines
 
 
-def _table(cells: xr.Dataset) -> list[str]:
+def _table(cells: xr.Dataset, scale: float = 100, digits: int = 1) -> list[str]:
     """Lines for one split; the table's rows are the amplitudes."""
     rows = []
     for a, amplitude in enumerate(cells.amplitude.values):
         row = [cells.isel(amplitude=a, period=p) for p in range(cells.sizes["period"])]
         markers = [(" ▲" if cell.gain > 0 else " ▼") if cell.significant else "" for cell in row]
-        texts = [_spread(cell) + marker for cell, marker in zip(row, markers, strict=True)]
+        texts = [_spread(cell, "", scale, digits) + marker for cell, marker in zip(row, markers, strict=True)]
         rows.append([f"{amplitude:g}", *texts])
-    headers = [f"{cells.split.item()}: A ↓, T (updates) →", *(f"{T:g}" for T in cells.period.values)]
-    static = f"Static loss (A = 1), {cells.split.item()}: {_spread(cells, 'static_')}."
+    what = cells.split.item() if scale == 100 else f"{cells.split.item()} loss"
+    headers = [f"{what}: A ↓, T (updates) →", *(f"{T:g}" for T in cells.period.values)]
+    static = f"Static loss (A = 1), {what}: {_spread(cells, 'static_', scale, digits)}."
     return ["", static, "", *markdown_table(headers, rows)]
+
+
+def _of_loss(cells: xr.Dataset, unit: str) -> list[str]:
+    """Lines about the validation loss: a table, what is established, and where it is lowest."""
+    above, below, undecided = counts(cells)
+    of = f" ({unit}, without class weights)" if unit else ""
+    lines = [*_table(cells, 1, 2), ""]
+    lines += [
+        f"- Validation loss{of}: of {cells.p.size} cells it is significantly lower with the dynamical loss in {below}, "
+        f"significantly higher in {above}, undecided in {undecided}."
+    ]
+    if cells.n.values.any():
+        lowest = np.unravel_index(np.nanargmin(cells["mean"].values), cells["mean"].shape)
+        cell = cells.isel(amplitude=int(lowest[0]), period=int(lowest[1]))
+        change = _points(*(cell[name].item() for name in ("gain", "low", "high")), scale=1, digits=2)
+        where = f"A = {cell.amplitude.item():g}, T = {cell.period.item():g}"
+        lines.append(f"- It is lowest at {where} with {_spread(cell, '', 1, 2)}; against the static loss: {change}.")
+    return lines
 
 
 def _verdict(cells: xr.Dataset) -> str:
@@ -188,12 +213,13 @@ def _trends(dataset: xr.Dataset) -> list[str]:
     return lines
 
 
-def _spread(cell: xr.Dataset, prefix: str = "") -> str:
-    """Mean ± std in per cent, and the number of seeds if some are missing."""
-    mean, std, n = (cell[prefix + name].item() for name in ("mean", "std", "n"))
-    return spread(mean, std, 100, 1) + (f" ({n})" if 0 < n < cell.seeds else "")
+def _spread(cell: xr.Dataset, prefix: str = "", scale: float = 100, digits: int = 1) -> str:
+    """Mean ± std, the number of seeds if some are missing, and of those that collapsed if there are any."""
+    mean, std, n, fallen = (cell[prefix + name].item() for name in ("mean", "std", "n", "collapsed"))
+    counted = (f" ({n})" if 0 < n < cell.seeds else "") + (f" †{fallen}" if fallen else "")
+    return spread(mean, std, scale, digits) + counted
 
 
-def _points(mean: float | None, low: float | None, high: float | None) -> str:
+def _points(mean: float | None, low: float | None, high: float | None, scale: float = 100, digits: int = 1) -> str:
     """A mean difference with the ends of its 95 % interval, fractions in points."""
-    return difference(mean, low, high, 100, 1, lead="95 % CI ")
+    return difference(mean, low, high, scale, digits, lead="95 % CI ")

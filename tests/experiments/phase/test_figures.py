@@ -5,8 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.phase import figures
-from experiments.phase.figures import _ink, _short, curvature_map, gain_by_width, heat_maps, write
+from experiments.phase.figures import _ink, _short, curvature_map, heat_maps, loss_maps, write
 from experiments.phase.statistics import best, over_cells, statistics
+from experiments.phase.widths import gain_by_width
 
 from ..cifar.test_figures import title
 from .test_statistics import by_width, diagram, final
@@ -100,6 +101,29 @@ def test_texts_can_be_read_on_every_colour(drawn):
     assert _ink(1, 1, 1) == "black" and _ink(0, 0, 0) == "white"
 
 
+def test_the_maps_of_the_loss_show_its_numbers(tmp_path):
+    dataset = diagram()
+    mean, std, gain = panels(loss_maps(dataset, tmp_path / "a.png"))
+    values = dataset.loss.sel(split="validation").values[..., -1].astype(float)
+    for axes, grid in ((mean, values.mean(-1)), (std, values.std(-1, ddof=1)), (gain, (values - values[0]).mean(-1))):
+        np.testing.assert_allclose(np.asarray(axes.images[0].get_array()), grid[1:], rtol=1e-5, atol=1e-7)
+    assert texts(mean)[2, 1] == f"{values[2, 1].mean():.2f}" and texts(gain)[3, 2].startswith("−0.")
+    significant = statistics(dataset, "loss").sel(split="validation").significant.values
+    assert dots(gain) == {(a + 0, p) for a, p in np.argwhere(significant).tolist()} != set()
+    assert title(tmp_path / "a.png").startswith("Validation loss over amplitude and period: the spiral; 6 seeds; dot: ")
+
+
+def test_members_that_collapsed_are_counted_in_the_cell(tmp_path):
+    dataset = diagram()
+    dataset.accuracy[2, 1, :2, 1, -1] = 0.1  # it was 0.4
+    for figure in (heat_maps(dataset, tmp_path / "a.png"), loss_maps(dataset, tmp_path / "b.png")):
+        mean = texts(panels(figure)[0])
+        assert mean[2, 1].endswith("\n†2") and not any("†" in text for cell, text in mean.items() if cell != (2, 1))
+    assert "†n: n seeds collapsed" in title(tmp_path / "a.png") and "†n: n seeds collapsed" in title(tmp_path / "b.png")
+    heat_maps(diagram(), tmp_path / "c.png")
+    assert "†" not in title(tmp_path / "c.png")
+
+
 def test_members_that_diverged_are_counted_in_the_cell(tmp_path):
     dataset = diagram()
     dataset.diverged_at[1, 0, :2] = 3
@@ -166,13 +190,14 @@ def test_accuracies_against_the_width(tmp_path):
 @pytest.mark.parametrize("name, prefix", [("spiral", ""), ("digits", "digits_")])
 def test_every_setting_has_its_files(name, prefix, tmp_path, monkeypatch):
     drawn = []
-    for function in ("heat_maps", "curvature_map", "gain_by_width"):
+    for function in ("heat_maps", "loss_maps", "curvature_map", "gain_by_width"):
         draw = lambda part, path: drawn.append((part.width.values.tolist(), path))
         monkeypatch.setattr(figures, function, draw)
     written = write(by_width().isel(width=[0, 2]).assign_attrs(dataset=name), tmp_path)
-    names = ["phase-width-10", "curvature-width-10", "phase-width-1000", "curvature-width-1000", "widths"]
+    kinds = ("phase", "validation_loss", "curvature")
+    names = [*(f"{kind}-width-{width}" for width in (10, 1000) for kind in kinds), "widths"]
     assert written == [tmp_path / f"{prefix}{name}.png" for name in names]
-    assert drawn == list(zip([10, 10, 1000, 1000, [10, 1000]], written, strict=True))
+    assert drawn == list(zip([*[10] * 3, *[1000] * 3, [10, 1000]], written, strict=True))
 
 
 def test_titles_name_the_setting(tmp_path):
@@ -195,12 +220,16 @@ def test_a_run_without_results_is_drawn(tmp_path):
     dataset = diagram((1, 10), (50,))
     dataset.accuracy[:] = np.nan
     dataset.hessian_max[:] = np.nan
-    assert [path.name for path in write(dataset, tmp_path)] == ["phase.png", "curvature.png"]
+    assert [path.name for path in write(dataset, tmp_path)] == ["phase.png", "validation_loss.png", "curvature.png"]
     assert title(tmp_path / "phase.png") and title(tmp_path / "curvature.png")
 
 
 def test_without_observations_or_dynamical_loss_there_are_fewer_files(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "heat_maps", lambda part, path: None)
-    assert [path.name for path in write(diagram(curvature=False), tmp_path)] == ["phase.png"]
-    assert [path.name for path in write(diagram().isel(observation_step=slice(0)), tmp_path)] == ["phase.png"]
+    monkeypatch.setattr(figures, "loss_maps", lambda part, path: None)
+    assert [path.name for path in write(diagram(curvature=False), tmp_path)] == ["phase.png", "validation_loss.png"]
+    assert [path.name for path in write(diagram().isel(observation_step=slice(0)), tmp_path)] == [
+        "phase.png",
+        "validation_loss.png",
+    ]
     assert write(diagram(amplitudes=(1,)), tmp_path) == []

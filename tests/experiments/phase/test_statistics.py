@@ -164,9 +164,38 @@ def test_better_worse_and_undecided_cells_are_counted_and_marked():
         set_final(dataset, 1, period, static + shift + wobble)
     cells = statistics(dataset).sel(split="validation")
     assert counts(cells) == (1, 1, 1) and best(cells) == {"amplitude": 0, "period": 0}
-    (row,) = [line for line in markdown(dataset) if line.startswith("| 2 |")][1:]
+    row = [line for line in markdown(dataset) if line.startswith("| 2 |")][1]
     _, _, up, down, neither, _ = row.split("|")
     assert up.endswith(" ▲ ") and down.endswith(" ▼ ") and neither.strip()[-1].isdigit()
+
+
+def test_the_loss_is_compared_as_the_accuracy_is_and_lower_is_better():
+    dataset = diagram()
+    values = dataset.loss.sel(split="validation").values[..., -1].astype(float)
+    cells = statistics(dataset, "loss").sel(split="validation")
+    for a, p in np.ndindex(3, 3):
+        oracle = stats.ttest_rel(values[a + 1, p], values[0, 0])
+        assert cells.gain.values[a, p] == pytest.approx((values[a + 1, p] - values[0, 0]).mean())
+        assert cells.p.values[a, p] == pytest.approx(oracle.pvalue)
+    above, below, undecided = counts(cells)
+    text = "\n".join(markdown(dataset))
+    assert below > 0 == above
+    assert f"significantly lower with the dynamical loss in {below}, significantly higher in 0, undecided in" in text
+    lowest = values.mean(-1)[1:].min()
+    assert (
+        f"It is lowest at A = 70, T = {dataset.period.values[values.mean(-1)[3].argmin()]:g} with {lowest:.2f}" in text
+    )
+    assert f"Static loss (A = 1), validation loss: {values[0, 0].mean():.2f} ± " in text
+
+
+def test_members_that_collapsed_are_counted_in_tables_but_stay_in_means():
+    dataset = diagram()
+    dataset.accuracy[2, 1, :2, 1, -1] = 0.1
+    cell = statistics(dataset).sel(split="validation").isel(amplitude=1, period=1)
+    assert cell.collapsed == 2 and cell.n == 6 and statistics(dataset).static_collapsed.values.max() == 0
+    text = "\n".join(markdown(dataset))
+    assert text.count(" †2") == 3  # train and validation accuracy, validation loss
+    assert "†n: n seeds collapsed" in text
 
 
 def test_the_report_has_the_numbers():
