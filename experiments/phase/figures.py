@@ -124,7 +124,7 @@ def curvature_map(part: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
 
 def _panels(part: xr.Dataset, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """An empty figure whose panels `[rows, columns]` have axes A, the static loss at the bottom, and T."""
-    amplitudes, periods = part.amplitude.values, part.period.values
+    amplitudes, periods, epoch = part.amplitude.values, part.period.values, part.attrs.get("steps_per_epoch")
     width, height = (max(least, n * cell) for least, n, cell in
                      zip(_LEAST, (len(periods), len(amplitudes)), _CELL, strict=True))  # fmt: skip
     size = (0.6 + columns * (width + 1.4), 1.4 + rows * (height + 0.8))
@@ -137,7 +137,7 @@ def _panels(part: xr.Dataset, rows: int, columns: int) -> tuple[Figure, np.ndarr
         axes.tick_params(length=0)
         axes.set_facecolor("0.85")
     for axes in panels[-1]:
-        axes.set_xlabel("period T (updates)")
+        axes.set_xlabel("period T (updates)" + (f"; an epoch has {epoch:g}" if epoch else ""))
     for axes in panels[:, 0]:
         axes.set_ylabel("amplitude A")
     return figure, panels
