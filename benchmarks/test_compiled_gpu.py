@@ -1,4 +1,4 @@
-"""What the compiler for NVIDIA GPUs makes of the loss and of an ensemble's training step. Nothing runs or is timed.
+"""What the compiler for NVIDIA GPUs makes of the loss and of an update in training. Nothing runs or is timed.
 
 Launches, traffic and memory are facts about a program that can be read without a GPU. They need XLA's compiler for CUDA
 (`pip install -e ".[test,aot]"`, `JAX_PLATFORMS=cpu`).
@@ -8,19 +8,14 @@ import collections
 import dataclasses
 import time
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import optax
 import pytest
 from eqx_dynloss_kernels.api import Implementation
 
-from eqx_dynloss import train
-from eqx_dynloss.loss import DynamicalLoss
-from eqx_dynloss.models import Myrtle
-from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.models import MLP, Myrtle
 from tests.kernels import deviceless, hlo
+from tests.updates import update_of
 
 from .convolution_forms import FORMS, with_gradients
 from .report import Row
@@ -31,7 +26,7 @@ pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=device
 
 GPU = "h100"
 LOSS = "Compiled for an H100: weighted softmax cross-entropy, value and gradient in the logits, of the weighted mean"
-STEP = "Compiled for an H100: one training step of 8 members of Myrtle5-64, minibatch 512, float32, Nesterov momentum"
+UPDATE = "Compiled for an H100: one update with Nesterov momentum"
 LAYER = "Compiled for an H100: a 3x3 convolution of 8 members and its two gradients, 512 x 32 x 32 x 64 -> 64, float32"
 IMPLEMENTATIONS: dict[Implementation, str] = {"xla": "plain", "pallas": "kernel"}
 MEMBERS, BATCH, WIDTH, CLASSES = 8, 512, 64, 10
@@ -77,13 +72,26 @@ def test_loss(record, workload: Workload, dtype: str):
     record(find_out)
 
 
-def test_ensemble_step(record):
-    """One member after another, as in `eqx_dynloss.ensemble`. Of the loop over members the body is listed once."""
-    case = "one member after another"
-    (row,) = record(lambda: [compiled_row(STEP, case, "ours", *ensemble_step())])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width, batch", [(64, 512), (16, 64)])
+def test_update_on_images(record, width: int, batch: int, dtype: str):
+    """Of one network: an ensemble's follow each other in a loop, with this body."""
+    size = 32 if record.full else 8
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
+    make_model = lambda key: Myrtle(width, compute_dtype=dtype, key=key)
+    update = update_of(make_model, images, jax.ShapeDtypeStruct((batch,), jnp.int32), CLASSES)
+    (row,) = record(lambda: [compiled_row(UPDATE, f"Myrtle5-{width}, {batch} images", f"ours, {dtype}", *update)])
     assert 0 < row.temp_bytes < 80 * 2**30
-    if record.full:
-        print(f"{STEP}, {case}: {row.kernels}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_update_on_the_spiral(record, dtype: str):
+    """Of all networks of a phase diagram at once."""
+    members = 344 if record.full else 4
+    with jax.enable_x64(dtype == "float64"):
+        points, labels = jax.ShapeDtypeStruct((300, 2), dtype), jax.ShapeDtypeStruct((300,), jnp.int32)
+        update = update_of(lambda key: MLP(2, 100, 3, key=key), points, labels, 3, members=members)
+        record(lambda: [compiled_row(UPDATE, f"{members} networks on the spiral", f"ours, {dtype}", *update)])
 
 
 def test_convolution_forms(record):
@@ -101,26 +109,6 @@ def test_convolution_forms(record):
             for name, form in forms.items()
         ]
     )
-
-
-def ensemble_step():
-    """The step as a function of arrays alone, and the shapes of its arguments."""
-    optimiser = optax.sgd(0.02, 0.9, nesterov=True)
-    make = lambda key: train.init(lambda key: Myrtle(WIDTH, key=key), optimiser, key)
-    states = eqx.filter_eval_shape(eqx.filter_vmap(make), jr.split(jr.key(0), MEMBERS))
-    schedule = eqx.filter_vmap(lambda A: OscillatingWeights(CLASSES, A, 50.0))(jnp.linspace(1.0, 70.0, MEMBERS))
-    members = states, DynamicalLoss(schedule)
-    arrays, static = eqx.partition(members, lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct))
-
-    def step(arrays, images, labels):
-        def one(arrays):
-            state, loss = eqx.combine(arrays, static)
-            return eqx.filter(train.train_step(state, loss, optimiser, images, labels), eqx.is_array)
-
-        return jax.lax.map(one, arrays)
-
-    images = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
-    return step, (arrays, images, jax.ShapeDtypeStruct((BATCH,), jnp.int32))
 
 
 def compiled_row(subject, case, name, function, args, per: int | None = None) -> Row:

@@ -3,19 +3,14 @@
 import collections
 import re
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import optax
 import pytest
 
-from eqx_dynloss import train
-from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP, Myrtle
-from eqx_dynloss.schedule import OscillatingWeights
 
 from .kernels import deviceless, hlo
+from .updates import update_of
 
 pytestmark = pytest.mark.skipif(deviceless.obstacle() is not None, reason=deviceless.obstacle() or "")
 
@@ -29,23 +24,9 @@ CONVOLUTIONS = {
 }
 
 
-def compile_update(make_model, inputs, labels, classes, members=None):
-    """An update on a minibatch, of one network or of several side by side."""
-    optimiser = optax.sgd(0.02, 0.9, nesterov=True)
-    one_of = lambda key: (train.init(make_model, optimiser, key), DynamicalLoss(OscillatingWeights(classes, 10.0, 100)))
-    all_of = one_of if members is None else eqx.filter_vmap(one_of)
-    keys = jr.key(0) if members is None else jr.split(jr.key(0), members)
-    arrays, static = eqx.partition(
-        eqx.filter_eval_shape(all_of, keys), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    )
-
-    def update(arrays, inputs, labels):
-        state, loss = eqx.combine(arrays, static)
-        state, metrics = train.train_step(state, loss, optimiser, inputs.astype(float), labels)
-        return eqx.filter(state, eqx.is_array), metrics
-
-    mapped = update if members is None else jax.vmap(update, (0, None, None))
-    return deviceless.compile_for("h100", mapped, arrays, inputs, labels)
+def compile_update(*args, **kwargs):
+    update, shapes = update_of(*args, **kwargs)
+    return deviceless.compile_for("h100", update, *shapes)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
