@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 Step = Real[ArrayLike, ""]
 Position = Float[Array, ""]
@@ -149,6 +150,35 @@ class OscillatingWeights(AbstractSchedule):
         within, carry = _wrapped(within + _rounded((self.phase - whole) * length), length)
         active += carry + jnp.mod(whole, self.num_classes).astype(int)
         return jnp.mod(active, self.num_classes), _divided(jnp.minimum(within, period), period)
+
+
+class RandomOrder(AbstractSchedule):
+    """Class weights that oscillate, in an order of the classes that is drawn anew for every pass through them.
+
+    What tells whether the order matters, or would do whatever it is: an addition of this library.
+    """
+
+    num_classes: int = eqx.field(static=True)
+    schedule: OscillatingWeights
+    key: Key[Array, "..."]
+
+    def __init__(self, schedule: OscillatingWeights, key: Key[Array, "..."]):
+        """**Arguments:**
+
+        - `schedule`: whose classes take turns in the order of their numbers, and whose turns begin and end with all
+            weights equal to 1. Only there is it seen to a rounding error when a pass begins.
+        - `key`: decides all orders. A batch of keys goes with a batch of hyperparameters.
+        """
+        self.num_classes = schedule.num_classes
+        self.schedule = schedule
+        self.key = key
+
+    def __call__(self, step: Step) -> Float[Array, " classes"]:
+        in_order, schedule = self.schedule(step), self.schedule
+        length = schedule.period + 1 if schedule.inclusive_period else schedule.period
+        turn = jnp.asarray(step).astype(length.dtype) / length + schedule.phase
+        number = jnp.floor(turn / self.num_classes).astype(int)
+        return in_order[jr.permutation(jr.fold_in(self.key, number), self.num_classes)]
 
 
 class StaticWeights(AbstractSchedule):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import eqx_dynloss
-from eqx_dynloss.schedule import OscillatingWeights, StaticWeights, UntilStep, cosine, square, triangle
+from eqx_dynloss.schedule import OscillatingWeights, RandomOrder, StaticWeights, UntilStep, cosine, square, triangle
 
 from .helpers import tree_allclose
 
@@ -544,3 +544,37 @@ def test_docstrings_run():
     results = [doctest.testmod(importlib.import_module(name)) for name in ["eqx_dynloss", *names]]
     assert sum(result.failed for result in results) == 0
     assert sum(result.attempted for result in results) > 0
+
+
+@pytest.mark.parametrize("inclusive, phase", [(False, 0.0), (True, 0.0), (False, 0.5), (False, 4.0)])
+def test_in_a_random_order_every_class_has_one_turn_in_every_pass(inclusive, phase):
+    classes, period, passes = 5, 12, 40
+    in_order = OscillatingWeights(classes, 9.0, period, phase=phase, inclusive_period=inclusive)
+    schedule = RandomOrder(in_order, jax.random.key(3))
+    turn = period + inclusive
+    shift = round(-phase * turn) % (classes * turn)  # where the first whole pass begins
+    steps = shift + jnp.arange(passes * classes * turn)
+    found, expected = (np.asarray(jax.vmap(s)(steps)) for s in (schedule, in_order))
+    np.testing.assert_array_equal(np.sort(found, -1), np.sort(expected, -1))
+    np.testing.assert_allclose(found.sum(-1), classes, rtol=1e-6)
+    middle = found.reshape(passes, classes, turn, classes)[:, :, period // 2]  # [pass, turn, class]
+    orders = middle.argmax(-1)
+    assert (np.sort(orders, -1) == np.arange(classes)).all()
+    assert len(np.unique(orders, axis=0)) > passes / 2  # of 120
+    quarter = found.reshape(passes, classes, turn, classes)[:, :, period // 4].argmax(-1)
+    np.testing.assert_array_equal(quarter, orders)  # one class for a whole turn
+    counts = np.stack([(orders[:, 0] == c).sum() for c in range(classes)])
+    assert counts.min() >= 1  # any class may begin
+
+
+def test_a_random_order_is_decided_by_its_key_and_can_be_mapped():
+    keys = jax.random.split(jax.random.key(0), 3)
+    schedules = RandomOrder(OscillatingWeights(4, jnp.array([1.0, 5.0, 9.0]), 6.0), keys)
+    steps = jnp.arange(200)
+    mapped = eqx.filter_jit(eqx.filter_vmap(lambda s: jax.vmap(s)(steps)))(schedules)
+    for i, (amplitude, key) in enumerate(zip((1.0, 5.0, 9.0), keys, strict=True)):
+        alone = jax.vmap(RandomOrder(OscillatingWeights(4, amplitude, 6.0), key))(steps)
+        np.testing.assert_allclose(mapped[i], alone, rtol=1e-6)
+    np.testing.assert_array_equal(mapped[0], 1.0)
+    other = jax.vmap(RandomOrder(OscillatingWeights(4, 9.0, 6.0), jax.random.key(9)))(steps)
+    assert not np.allclose(mapped[2], other)

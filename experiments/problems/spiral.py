@@ -15,13 +15,13 @@ from jaxtyping import Array, Key
 from eqx_dynloss import landscape
 from eqx_dynloss.loss import BaseLoss, DynamicalLoss, softmax_cross_entropy, squared_error
 from eqx_dynloss.models import MLP
-from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset
 
 from ..results.labelled import combinations, unfold, with_loss_function
 from ..running.devices import devices
 from ..running.members import Members
 from ..running.task import Plan, Task, chunk_length
+from .oscillation import Oscillation, oscillating
 
 CLASSES = ("class 0", "class 1", "class 2")
 NTK_POINTS = 50  # the kernel is that of the first 50 training points, as in the paper's figure
@@ -58,18 +58,30 @@ def members(
     seeds: Sequence[int],
     learning_rates: Sequence[float],
     loss: LossName,
+    oscillation: Oscillation | None = None,
 ) -> Members:
     """All networks of one initialisation and width: every learning rate with every loss and seed.
+
+    Without an `oscillation` it is the paper's, and no coordinate of the members.
 
     The oscillation stops after the last whole period of T + 1 updates. The paper's figure does so; for other periods
     it is our rule. Where not one period fits, it does not stop.
     """
     settings = {"init": [init], "width": [width], "learning_rate": learning_rates}
+    settings |= {"oscillation": [oscillation]} if oscillation else {}
     coordinates = combinations(amplitudes, periods, seeds, **settings)
     turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
     whole = updates // (turns + 1) * (turns + 1)
     stop = np.where(whole > 0, whole, np.inf)
-    schedules = OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop, inclusive_period=True)
+    schedules = oscillating(
+        oscillation or "triangle",
+        len(CLASSES),
+        coordinates["amplitude"],
+        turns,
+        stop,
+        coordinates["seed"],
+        inclusive_period=True,
+    )
     return Members(
         make_model=ft.partial(network, init, width),
         optimiser=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),
@@ -80,23 +92,30 @@ def members(
 
 
 def tasks(
-    networks: Mapping[str, tuple[Init, int]], updates: int, evaluations: int, plan: Mapping[str, Any], **who: Any
+    programs: Mapping[str, tuple[Init, int, Oscillation | None]],
+    updates: int,
+    evaluations: int,
+    plan: Mapping[str, Any],
+    **who: Any,
 ) -> list[Task]:
-    """A task for each network, by name, of an initialisation and a width.
+    """A task for each program, by name: of an initialisation, a width, and what oscillates if that is not the paper's.
 
     `plan` is what the plan has besides, such as observations, and `who` what `members` takes. Chunks take two seconds
     or less, and are as long for all networks, or they would be evaluated at different updates.
     """
-    trained = {name: members(init, width, updates, **who) for name, (init, width) in networks.items()}
+    trained = {
+        name: members(init, width, updates, oscillation=oscillation, **who)
+        for name, (init, width, oscillation) in programs.items()
+    }
     every = plan.get("observe_every") or 1
     pace = {
         name: len(trained[name]) * cpu_seconds_per_update(width, plan.get("observe_every"))
-        for name, (_, width) in networks.items()
+        for name, (_, width, _) in programs.items()
     }
     target = min(2 / max(pace.values()), updates / evaluations)
     whole = Plan(updates, every * chunk_length(updates // every, target / every), evaluations, **plan)
     data = {"train": spiral(0), "validation": spiral(1)}
-    return [Task(name, trained[name], data["train"], data, whole) for name in networks]
+    return [Task(name, trained[name], data["train"], data, whole) for name in programs]
 
 
 def network(init: Init, width: int, key: Key[Array, ""]) -> MLP:

@@ -14,8 +14,9 @@ Variables and their dimensions (`step` counts updates from 0; `evaluation_step` 
 A phase diagram has no numbers of single updates, and no dimension `step`.
 
 Where more than the loss is varied, as in the spiral experiment, all variables have leading dimensions `init`, `width`
-and `learning_rate`. The first amplitude is 1, the static loss. It has no period: its members are trained once and
-repeated along `period`.
+and `learning_rate`, and `oscillation` where another than the paper's is among them. (In a random order, `class_weights`
+are those of the first seed.) The first amplitude is 1, the static loss. It has no period: its members are trained once
+and repeated along `period`.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from . import words
 
 SPLITS = ("train", "validation")
 
-SETTINGS = ("init", "width", "learning_rate")  # what can be varied besides the loss
+SETTINGS = ("init", "width", "learning_rate", "oscillation")  # what can be varied besides the loss
 DIMENSIONS = (*SETTINGS, "amplitude", "period", "seed")  # those that members differ in
 
 _TITLES = {
@@ -63,6 +64,7 @@ _UNITS = {
     "init": ("1", "initialisation"),
     "width": ("1", "units in the hidden layer"),
     "learning_rate": ("1", "learning rate η"),
+    "oscillation": ("1", "what oscillates: the paper's triangle, or a control"),
     "evaluation_step": ("update", "updates made before the evaluation"),
     "step": ("update", "index of the update"),
 }
@@ -179,6 +181,8 @@ def _words(part: xr.Dataset, name: str) -> str:
     value = part[name].item()
     if name == "init":
         return {"paper": "paper init", "glorot": "Glorot init", "none": "no biases"}[value]
+    if name == "oscillation":
+        return str(value).replace("-", " ")
     return f"{name.replace('_', ' ')} {value:g}"
 
 

@@ -15,6 +15,7 @@ import tyro
 import xarray as xr
 
 from ..problems import spiral
+from ..problems.oscillation import Oscillation
 from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
 from ..running.errors import UsageError
@@ -54,6 +55,13 @@ class Config:
     """What is weighted: the paper's cross-entropy, or a squared error whose weights belong to the examples
     (squared-sample) or to the output units (squared-unit). The two squared errors are choices of ours, and at rate 1
     they are at the edge of what is stable: take 0.3 or less."""
+    oscillation: Annotated[
+        tuple[Oscillation, ...],
+        tyro.conf.arg(metavar="{triangle,cosine,square,random-order,learning-rate} [...]"),
+    ] = ("triangle",)
+    """triangle: the paper's. Controls of ours, with the same A and T: cosine, square: another waveform. random-order:
+    the classes take turns in an order drawn anew for every pass. learning-rate: a static loss whose learning rate
+    oscillates as the weight of the active class does, with the same mean."""
     updates: int = 70_000
     """How many updates to make."""
     curvature: int = 25
@@ -65,7 +73,7 @@ class Config:
     def __post_init__(self):
         seeds = parse_seeds(self.seeds)
         require(self, ("updates", "width"), 1, math.inf, "at least 1")
-        require_different(self, ("amplitude", "period", "init", "width", "learning_rate"))
+        require_different(self, ("amplitude", "period", "init", "width", "learning_rate", "oscillation"))
         require(self, ("amplitude",), 1, math.inf, "at least 1, which is the static loss")
         require(self, ("period", "learning_rate"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
@@ -94,8 +102,16 @@ def main(arguments: list[str] | None = None) -> bool:
 
 def tasks_of(config: Config) -> list[Task]:
     """What is trained: a program for each initialisation and width."""
+    programs: dict[str, tuple[Init, int, Oscillation | None]] = {
+        "-".join(map(str, (init, width, *[oscillation] * (oscillation != "triangle")))): (init, width, oscillation)
+        for init in config.init
+        for width in config.width
+        for oscillation in config.oscillation
+    }
+    if config.oscillation == ("triangle",):
+        programs = {name: (init, width, None) for name, (init, width, _) in programs.items()}
     return spiral.tasks(
-        {f"{init}-{width}": (init, width) for init in config.init for width in config.width},
+        programs,
         config.updates,
         min(config.updates, 70),
         {"observe": spiral.curvature, "observe_every": config.curvature} if config.curvature else {},

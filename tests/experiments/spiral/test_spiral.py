@@ -54,6 +54,31 @@ def test_of_a_slice_of_the_seeds_the_first_is_drawn(tmp_path, monkeypatch):
     assert results_of(tmp_path / "run").seed.values.tolist() == [3, 4] and drawn == [3]
 
 
+def test_what_oscillates_is_a_setting_like_the_others(tmp_path, without_figures):
+    arguments = [*TINY, "--curvature", "0", "--amplitude", "5", "--learning-rate", "0.5"]
+    kinds = ["triangle", "random-order", "learning-rate", "square"]
+    assert command(*arguments, "--oscillation", *kinds, "--out", "all") == 0
+    results = results_of(tmp_path / "all")
+    assert results.oscillation.values.tolist() == kinds
+    loss = results.minibatch_loss.isel(init=0, width=0, learning_rate=0, period=0)
+    for kind in kinds[1:]:  # the static loss is the same in all, and the dynamical one is not
+        np.testing.assert_array_equal(
+            loss.sel(oscillation=kind, amplitude=1), loss.sel(oscillation="triangle", amplitude=1)
+        )
+        assert not np.allclose(loss.sel(oscillation=kind, amplitude=5), loss.sel(oscillation="triangle", amplitude=5))
+    names = {c["setting"] for c in json.loads((tmp_path / "all" / "summary.json").read_text())["conditions"]}
+    assert names == {"triangle", "random order", "learning rate", "square"}
+
+    assert command(*arguments, "--out", "paper") == 0
+    paper = results_of(tmp_path / "paper")
+    assert "oscillation" not in paper.dims
+    np.testing.assert_array_equal(
+        paper.minibatch_loss.values, results.sel(oscillation="triangle").minibatch_loss.values
+    )
+    assert command(*arguments, "--oscillation", "square", "--out", "one") == 0
+    assert "square" in (tmp_path / "one" / "summary.md").read_text().splitlines()[0]
+
+
 def results_of(directory):
     return files.load(directory / "results.nc")
 
