@@ -18,7 +18,7 @@ _JOINED = ("seed", "amplitude", "period")
 _CELLS = ("amplitude", "period", "amplitudes", "periods")  # as the commands call them
 _FREE = ("seeds", *_CELLS, "run", "made_by", "data_dir", "show_seed", "wave")  # settings that may differ
 _SAME = ("dataset", "loss_function", "compute_dtype", "momentum", "steps_planned", "steps_per_epoch")
-_VERSIONS = ("git_commit", *PACKAGES)
+_VERSIONS = ("git_commit", *PACKAGES, *(f"resumed_with_{name}" for name in ("git_commit", *PACKAGES)))
 _OF_EACH = ("device", "platform", "python", "source")  # that may differ, and are all named
 
 
@@ -61,15 +61,14 @@ def join(parts: Sequence[Part]) -> tuple[xr.Dataset, dict[str, Any]]:
         _refuse_others(one, other)
         _refuse_conflicts(one, other)
     datasets = [part.dataset.drop_attrs(deep=False) for part in parts]
-    joined = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop")
+    joined = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop").sortby(list(_JOINED))
     missing = joined.diverged_at.isnull()
     if missing.any():
-        hole = missing.where(missing, drop=True).isel(dict.fromkeys(missing.dims, 0))
-        where = ", ".join(f"{name} {hole[name].item():g}" for name in _JOINED)
+        first = dict(zip(missing.dims, np.argwhere(missing.values)[0], strict=True))
+        where = ", ".join(f"{name} {joined[name].values[first[name]]:g}" for name in _JOINED)
         raise UsageError(f"no run has {where}: every amplitude needs every period and seed.")
     for name, variable in parts[0].dataset.variables.items():  # a join makes whole numbers floating-point ones
         joined[name] = joined[name].astype(variable.dtype).assign_attrs(variable.attrs)
-    joined = joined.sortby(list(_JOINED))
     joined = joined.transpose(*parts[0].dataset.dims)
     return joined.assign_attrs(_attributes(parts)), _configuration(parts, joined)
 
@@ -121,7 +120,7 @@ def _refuse_conflicts(one: Part, other: Part) -> None:
 def _attributes(parts: Sequence[Part]) -> dict[str, Any]:
     """What the joined dataset says of itself: the same as its parts, and what they were made by."""
     attrs = [part.dataset.attrs for part in parts]
-    joined = {name: value for name, value in attrs[0].items() if not name.startswith("resumed_with_")}
+    joined = {name: value for name, value in attrs[0].items() if name != "resumed_with_command"}
     for name in _OF_EACH:
         values = dict.fromkeys(value for a in attrs if name in a for value in str(a[name]).split("; "))
         joined |= {name: "; ".join(values)} if values else {}

@@ -105,6 +105,7 @@ def runs(tmp_path, monkeypatch):
         "b": ([1, 2], [10, 20]),
         "b1": ([1, 2], [10]),
         "b2": ([1, 2], [20]),
+        "a1": ([1, 5], [10]),
     }.items():
         put(name, WHOLE.sel(amplitude=cells[0], period=cells[1]), amplitude=cells[0], period=cells[1])
 
@@ -159,6 +160,7 @@ def test_settings_of_the_whole(runs):
         ({}, {"new": [3, 4]}, "new none and 3 4"),
         ({"git_commit": "other"}, {}, "git commit none and other"),
         ({"jax": "2"}, {}, "jax 1 and 2"),
+        ({"resumed_with_jax": "2"}, {}, "resumed with jax none and 2"),
         ({"steps_planned": 7}, {}, "steps planned"),
         ({"momentum": 0.5}, {}, "momentum 0.9 and 0.5"),
         ({"dataset": "spiral"}, {}, "dataset cifar10 and spiral"),
@@ -187,6 +189,7 @@ def test_overlapping_seeds_that_differ_are_refused(runs, capsys):
         (["first", "first"], "given twice"),
         (["first", "diagram"], "command cifar and phase"),
         (["a", "b1"], "no run has seed 0, amplitude 2, period 20"),
+        (["a1", "b2"], "no run has seed 0, amplitude 2, period 10"),
         (["first", "nowhere"], "does not exist"),
         (["first", "half"], "is not finished: go on with it first"),
         (["first", "bare"], "no readable config.json"),
