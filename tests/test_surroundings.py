@@ -134,6 +134,7 @@ print(json.dumps({"wrong": wrong, "cases": len(LOSSES)}))
 """
 
 
+@pytest.mark.slow
 def test_logits_divided_by_class_on_an_explicit_mesh_stay_where_they_are():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join(["kernels", "."])}

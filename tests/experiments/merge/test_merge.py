@@ -54,7 +54,7 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset) -> None:
     "main, flags, flag, parts, whole",
     [
         (cifar.main, [*TINY, "--curvature", "10"], "--seeds", ["1:3", "1"], "3"),
-        (spiral.main, SPIRAL, "--seeds", ["1", "1:3"], "3"),
+        pytest.param(spiral.main, SPIRAL, "--seeds", ["1", "1:3"], "3", marks=pytest.mark.slow),
         (phase.main, [*DIAGRAM, "--seeds", "2"], "--amplitudes", ["1,5", "2"], "2,5,1"),
     ],
     ids=["cifar", "spiral", "phase"],
@@ -95,8 +95,10 @@ def put(name: str, dataset: xr.Dataset = WHOLE, **config: object) -> None:
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A whole run, and parts of it, in the working directory."""
+    """A whole run, and parts of it, in the working directory. No figures are drawn: that takes longer than the rest."""
     monkeypatch.chdir(tmp_path)
+    for name in ("learning_curves", "class_weights"):
+        monkeypatch.setattr(figures, name, lambda dataset, path: Path(path).write_bytes(b"a figure"))
     put("whole")
     put("first", WHOLE.isel(seed=[0]))
     put("rest", WHOLE.isel(seed=[1, 2, 3]))

@@ -16,7 +16,7 @@ from experiments.running.training import train
 from ..synthetic import run_command
 
 TINY = "--amplitudes 1,5,70 --periods 10,20 --seeds 2 --widths 4 --updates 40 --evaluations 4".split()
-FILES = {"results.nc", "summary.md", "summary.json", "config.json", "phase.png", "curvature.png"}
+FILES = {"results.nc", "summary.md", "summary.json", "config.json", "phase.png", "validation_loss.png", "curvature.png"}
 
 
 pytestmark = pytest.mark.usefixtures("sandbox")

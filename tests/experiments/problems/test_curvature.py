@@ -58,12 +58,12 @@ def peak(amplitude: float, label: int) -> np.ndarray:
     return CLASSES * raw / raw.sum()
 
 
-@pytest.mark.parametrize("count, used", [(40, 40), (100, 100), (250, 200)])
+@pytest.mark.parametrize("count, used", [(40, 40), (250, 200)])
 def test_the_largest_eigenvalues_are_those_of_dense_hessians(count, used, x64):
     images, loss = data(300), DynamicalLoss(OscillatingWeights(CLASSES, 8.0, 15.0, stop=400))
     first = dataclasses.replace(images, inputs=images.inputs[:used], labels=images.labels[:used])
     seen = set()
-    for seed in range(8):
+    for seed in range(6):
         start = state(150, seed)  # a whole number of periods, when all weights are 1
         found = at_peak_and_static(count)(start, loss, images)
         np.testing.assert_allclose(found["static_hessian_max"], dense(start.model, first, np.ones(CLASSES)), rtol=1e-4)
