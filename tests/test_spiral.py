@@ -121,6 +121,7 @@ def test_reproduces_the_numbers_of_the_papers_figure():
     assert 4000 < np.median(times) < 4200
 
 
+@pytest.mark.slow
 def test_what_is_observed_is_the_dense_curvature(getkey):
     """In the middle of a class's turn, where the class weights matter."""
     schedule = OscillatingWeights(3, 70.0, 5000, inclusive_period=True)

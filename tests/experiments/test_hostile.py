@@ -36,6 +36,7 @@ def refused(arguments, **variables: Any) -> str:
 # Terminals
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_show_a_character_gets_another_one(tmp_path):
     assert "dynamical ? static" in finish(start([*SHORT, "--out", tmp_path / "run"], **ASCII))
     assert (tmp_path / "run" / "summary.md").read_text(encoding="utf-8").count("−") > 1

@@ -404,7 +404,7 @@ def test_the_same_command_gives_the_same_arrays(results, run_directory, tmp_path
 
 def test_every_network_learns_the_digits_that_stand_in(tmp_path):
     """With the preset as it is; enlarged to 32×32, half of them never left chance."""
-    flags = "--dataset digits --seeds 3 --amplitude 1 --evaluations 1"
+    flags = "--dataset digits --seeds 2 --amplitude 1 --evaluations 1"
     assert command(*flags.split(), "--out", tmp_path / "run") == 0
     accuracy = files.load(tmp_path / "run" / "digits_results.nc").accuracy.isel(evaluation_step=-1)
     assert accuracy.min() > 0.9

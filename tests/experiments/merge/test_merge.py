@@ -55,7 +55,9 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset) -> None:
     [
         (cifar.main, [*TINY, "--curvature", "10"], "--seeds", ["1:3", "1"], "3"),
         pytest.param(spiral.main, SPIRAL, "--seeds", ["1", "1:3"], "3", marks=pytest.mark.slow),
-        (phase.main, [*DIAGRAM, "--seeds", "2"], "--amplitudes", ["1,5", "2"], "2,5,1"),
+        pytest.param(
+            phase.main, [*DIAGRAM, "--seeds", "2"], "--amplitudes", ["1,5", "2"], "2,5,1", marks=pytest.mark.slow
+        ),
     ],
     ids=["cifar", "spiral", "phase"],
 )
