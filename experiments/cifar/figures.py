@@ -39,7 +39,7 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
         survivors = condition.isel(seed=condition.diverged_at.values < 0)
         amplitude, period = float(condition.amplitude), float(condition.period)
         found = summarised[amplitude, None if amplitude == 1 else period]
-        top.plot([], [], **_look(style, 1), label=_label(found, bool(dataset.sizes["evaluation_step"])))
+        top.plot([], [], **_look(style, 1), label=_label(found))
         if not survivors.sizes["seed"]:
             continue
         accuracy = 100 * survivors.accuracy.sel(split="validation").values
@@ -87,12 +87,12 @@ def learning_curves(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure
     return finish(figure, "Static and dynamical loss", dataset, note, path)
 
 
-def _label(found: Condition, evaluated: bool) -> str:
+def _label(found: Condition) -> str:
     """A loss, its last validation accuracy, and what became of its seeds."""
     label, outcome = found.name, found.outcome("validation")
     if len(found.diverged) == found.seeds:
         return f"{label}: diverged for every seed"
-    if evaluated and outcome.mean is not None:
+    if outcome.mean is not None:
         label += f": {outcome.spread(100, 1)} %, {found.outcome('validation', 'loss').spread()} nats"
     remarks = [f"median {words.number(outcome.median, 100, 1)}"] if found.collapsed and outcome.median else []
     remarks += [f"{len(found.collapsed)} of {found.seeds} seeds collapsed"] if found.collapsed else []

@@ -1,5 +1,6 @@
 """Runs that differ only in their seeds, or only in their amplitudes and periods, as if they had been one run."""
 
+import functools as ft
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class Part:
         command = str(self.dataset.attrs.get("merged", self.dataset.attrs.get("command", "")))
         return command.partition("experiments.")[2].partition(" ")[0]
 
+    @property
+    def first_seed(self) -> int:
+        """Whose class weights the run has recorded, where they depend on the seed."""
+        return int(self.dataset.seed[0])
+
     @classmethod
     def of(cls, path: Path) -> "Part":
         """Raises a `UsageError` for what is not a finished run with its configuration."""
@@ -60,8 +66,8 @@ def join(parts: Sequence[Part]) -> tuple[xr.Dataset, dict[str, Any]]:
             raise UsageError(f"{other.path} is given twice: pass every run once.")
         _refuse_others(one, other)
         _refuse_conflicts(one, other)
-    datasets = [part.dataset.drop_attrs(deep=False) for part in parts]
-    joined = xr.merge(datasets, join="outer", compat="no_conflicts", combine_attrs="drop").sortby(list(_JOINED))
+    datasets = [part.dataset.drop_attrs(deep=False) for part in sorted(parts, key=lambda part: part.first_seed)]
+    joined = ft.reduce(xr.Dataset.combine_first, datasets).sortby(list(_JOINED))
     missing = joined.diverged_at.isnull()
     if missing.any():
         first = dict(zip(missing.dims, np.argwhere(missing.values)[0], strict=True))
@@ -103,9 +109,9 @@ def _refuse_others(one: Part, other: Part) -> None:
 
 def _refuse_conflicts(one: Part, other: Part) -> None:
     """Raises a `UsageError` if what both runs have trained is not the same."""
-    ours, theirs = xr.align(one.dataset, other.dataset, join="inner", exclude=())
-    if not ours.sizes["seed"]:
-        return
+    ours, theirs = xr.align(one.dataset, other.dataset, join="inner")
+    if one.first_seed != other.first_seed and "random-order" in one.dataset.get("oscillation", ()):
+        ours = ours.drop_vars("class_weights", errors="ignore")
     for name, variable in ours.data_vars.items():
         same = (variable == theirs[name]) | (variable.isnull() & theirs[name].isnull())
         if not same.all():

@@ -10,10 +10,12 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.schedule import OscillatingWeights
 from eqx_dynloss.train import Dataset, TrainState
 
+from ..running.task import Observe
+
 _BLOCK = 100  # images whose Hessian-vector product is computed at a time
 
 
-def of_step(num_images: int):
+def of_step(num_images: int) -> Observe:
     """Observes the loss with the step's class weights, as `hessian_max`: see `_largest`."""
 
     def observe(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
@@ -24,7 +26,7 @@ def of_step(num_images: int):
     return observe
 
 
-def at_peak_and_static(num_images: int):
+def at_peak_and_static(num_images: int) -> Observe:
     """Observes the loss with a class's weight at its peak, as `peak_hessian_max`, and the static loss at the same
     parameters, as `static_hessian_max`: see `_largest`.
 

@@ -102,14 +102,17 @@ def main(arguments: list[str] | None = None) -> bool:
 
 def tasks_of(config: Config) -> list[Task]:
     """What is trained: a program for each initialisation and width."""
+    controls = config.oscillation != ("triangle",)
     programs: dict[str, tuple[Init, int, Oscillation | None]] = {
-        "-".join(map(str, (init, width, *[oscillation] * (oscillation != "triangle")))): (init, width, oscillation)
+        f"{init}-{width}" + (f"-{oscillation}" if oscillation != "triangle" else ""): (
+            init,
+            width,
+            oscillation if controls else None,
+        )
         for init in config.init
         for width in config.width
         for oscillation in config.oscillation
     }
-    if config.oscillation == ("triangle",):
-        programs = {name: (init, width, None) for name, (init, width, _) in programs.items()}
     return spiral.tasks(
         programs,
         config.updates,

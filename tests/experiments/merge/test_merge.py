@@ -129,6 +129,25 @@ def test_parts_become_the_whole(runs, parts):
     assert_same(load("deep/out"), load("whole"))
 
 
+def test_class_weights_of_a_random_order_are_those_of_the_first_seed(runs):
+    """They depend on the seed, and a run has recorded those of its first one."""
+    in_random_order = WHOLE.expand_dims(oscillation=["random-order"])
+    later = in_random_order.assign(class_weights=in_random_order.class_weights.roll(**{"class": 1}))
+    put("early", in_random_order.isel(seed=[0, 1]))
+    put("late", later.isel(seed=[2, 3]))
+    assert command("late", "early", "--out", "out") == 0
+    np.testing.assert_array_equal(
+        load("out").class_weights.values, in_random_order.sortby(["amplitude", "period"]).class_weights.values
+    )
+
+
+def test_class_weights_of_the_papers_order_do_not_depend_on_the_seed(runs, capsys):
+    put("other", WHOLE.isel(seed=[1, 2]).assign(class_weights=WHOLE.class_weights.roll(**{"class": 1})))
+    assert command("first", "other", "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert "with a different class_weights" in error and error.count("\n") == 1
+
+
 def test_a_merged_run_says_what_it_is_made_of_and_can_be_merged_again(runs, capsys):
     put("second", WHOLE.isel(seed=[1]).assign_attrs(device="1 x other"))
     put("last", WHOLE.isel(seed=[2, 3]))
