@@ -30,6 +30,7 @@ class Members:
     losses: DynamicalLoss  # with a leading axis of members
     coordinates: Mapping[str, np.ndarray]
     hyperparams: tuple[str, ...] = ()
+    models: Any = None  # with a leading axis of members: what they start from, where others have trained it before
 
     def __len__(self) -> int:
         return len(self.coordinates["seed"])
@@ -38,13 +39,18 @@ class Members:
         """Those members, in that order; one may be taken several times."""
         pick = lambda leaf: leaf[indices] if eqx.is_array(leaf) else leaf
         coordinates = {name: values[indices] for name, values in self.coordinates.items()}
-        return dataclasses.replace(self, losses=jax.tree.map(pick, self.losses), coordinates=coordinates)
+        losses, models = jax.tree.map(pick, (self.losses, self.models))
+        return dataclasses.replace(self, losses=losses, models=models, coordinates=coordinates)
 
     def init(self) -> TrainState:
         """Their states before the first update. Equal seeds have equal weights and see examples in the same order."""
         keys = jax.vmap(lambda seed: jr.fold_in(jr.key(0), seed))(jnp.asarray(self.coordinates["seed"]))
         values = {name: jnp.asarray(self.coordinates[name]) for name in self.hyperparams}
-        return ensemble.init(self.make_model, self.optimiser, keys, values)
+        states = ensemble.init(self.make_model, self.optimiser, keys, values)
+        if self.models is None:
+            return states
+        trained = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), self.models, states.model)
+        return eqx.tree_at(lambda states: states.model, states, trained)
 
     def class_weights(self, num_steps: int) -> xr.Dataset:
         """The class weights of every update, which do not depend on the seed: of the members with the first one."""

@@ -4,7 +4,7 @@
 |---|---|
 | `minibatch_loss`, `minibatch_accuracy` | member, step |
 | `accuracy`, `loss` | member, split, evaluation_step; NaN where not evaluated |
-| what is observed | member, observation_step |
+| what is observed | member, observation_step, and what `Plan.observed_dims` has for it |
 | `diverged_at` | member; -1 for never |
 """
 
@@ -80,8 +80,9 @@ class Record:
         self._latest, self._parts, self._diverged_at, self.steps_done = metrics, parts, diverged_at, done
 
     def _part(self, dim: str, steps, values: Mapping[str, ArrayLike]) -> xr.Dataset:
-        dims = {2: ("member", dim), 3: ("member", "split", dim)}
-        variables = {name: (dims[np.ndim(array)], np.asarray(array)[: self.size]) for name, array in values.items()}
+        lead = ("member", "split", dim) if dim == "evaluation_step" else ("member", dim)
+        dims = {name: (*lead, *self.plan.observed_dims.get(name, ())) for name in values}
+        variables = {name: (dims[name], np.asarray(array)[: self.size]) for name, array in values.items()}
         return xr.Dataset(variables, {dim: np.asarray(steps, int)})
 
     @property

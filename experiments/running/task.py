@@ -30,6 +30,8 @@ class Plan:
     batch_size: int | None = None
     microbatch_size: int | None = None
     observe: Observe | None = None
+    # The dimensions of what is observed and no single number, by its name.
+    observed_dims: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     observe_every: int | None = None  # before every so many updates; None: only after the last one, or
     observe_evaluated: bool = False  # after every evaluation
     keep_steps: bool = True  # the numbers of every update; they need memory: members × updates

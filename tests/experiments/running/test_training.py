@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import signal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -160,11 +161,12 @@ def assert_same(measured, expected):
 
 
 def size_of_outputs(state, loss, data):
-    return {"size": jnp.mean(abs(state.model.layers[0].weight)), "at": state.step}
+    weights = state.model.layers[0].weight
+    return {"size": jnp.mean(abs(weights)), "at": state.step, "weights": weights}
 
 
-OBSERVED = {"observe": size_of_outputs, "observe_every": 1}
-AT_THE_END = {"observe": size_of_outputs}
+AT_THE_END = {"observe": size_of_outputs, "observed_dims": {"weights": ("unit", "input")}}
+OBSERVED = AT_THE_END | {"observe_every": 1}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,8 @@ AT_THE_END = {"observe": size_of_outputs}
 def test_a_run_that_was_torn_off_goes_on_as_if_nothing_had_happened(chunks, plan, tmp_path, monkeypatch):
     """As by a second Ctrl-C: nothing is saved any more, and the last checkpoint is what there is."""
     whole = train(7, 1, 3, plan=plan)
+    assert whole.weights.dims == ("member", "observation_step", "unit", "input")
+    np.testing.assert_allclose(abs(whole.weights).mean(("unit", "input")), whole["size"], rtol=1e-6)
     with monkeypatch.context() as patch:
         interrupt_after(chunks, patch)
         assert not train(7, 1, 3, plan=plan, checkpoint=tmp_path / "c", checkpoint_minutes=0).finished
@@ -322,6 +326,25 @@ def test_an_interrupted_wave_goes_on(plan, observed, tmp_path, monkeypatch):
     assert_same(train(4, 2, 2, members(5), plan=plan, checkpoint=tmp_path), whole)  # with the waves that it had
     with pytest.raises(UsageError, match="waves of 2 members, not 3"):
         train(4, 2, 2, members(5), plan=plan, wave=3, checkpoint=tmp_path)
+
+
+def test_members_go_on_from_models_that_were_trained_before(tmp_path, monkeypatch):
+    """Each from its own, in waves and when resumed too. Gradient descent has no other state than the model's."""
+    first = train(4, 2, 2, plan=AT_THE_END)
+
+    def rest(**options):
+        weights = jnp.asarray(first.weights.values[:, 0])
+        models = jax.vmap(make_model)(jr.split(jr.key(0), MEMBERS))
+        models = eqx.tree_at(lambda m: m.layers[0].weight, models, weights)
+        return train(3, 1, 3, dataclasses.replace(members(), models=models), plan=OBSERVED, **options)
+
+    expected = rest()
+    np.testing.assert_array_equal(expected.weights[:, 0], first.weights[:, 0])
+    assert_same(rest(wave=2), expected)
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        rest(checkpoint=tmp_path, checkpoint_minutes=0)
+    assert_same(rest(checkpoint=tmp_path), expected)
 
 
 def test_tasks_are_trained_one_after_another_and_told_apart(tmp_path, monkeypatch, capsys):
