@@ -30,22 +30,29 @@ class Spectrum(eqx.Module):
     fill the array, where the start vector's Krylov space has fewer dimensions than the order."""
     weights: Float[Array, " order"]
     """The start vector's share in every Ritz vector, squared; they sum to 1."""
+    vectors: Float[Array, "vectors n"]
+    """Ritz vectors of the largest Ritz values, as many as were asked for, in their order: `vectors[-1]` belongs to
+    `eigenvalues[-1]`. Of length 1, the entry that is largest in size positive; 0 for entries that only fill."""
 
 
-def lanczos(matvec: Matvec, start: Float[Array, " n"], order: int) -> Spectrum:
-    """Ritz values of a symmetric matrix.
+def lanczos(matvec: Matvec, start: Float[Array, " n"], order: int, *, vectors: int = 0) -> Spectrum:
+    r"""Ritz values of a symmetric matrix, and Ritz vectors of the largest ones.
 
     **Arguments:**
 
     - `matvec`: the product of the matrix with a vector.
     - `start`: any vector that is not orthogonal to the eigenvectors of interest; its length does not matter.
     - `order`: how many products to take; more than the dimension are not needed, and not taken.
+    - `vectors`: how many Ritz vectors to return. The residual of a Ritz vector $x$ with value $\theta$, of length 1, is
+        its `errors` entry: $\lVert Ax - \theta x\rVert$.
     """
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}.")
     order = min(order, len(start))
+    if not 0 <= vectors <= order:
+        raise ValueError(f"vectors must be between 0 and the order, {order}, got {vectors}.")
     algorithm = decomp.tridiag_sym(order, materialize=False, reortho="full", custom_vjp=False)
-    _, (diagonal, off_diagonal), residual, _ = algorithm(matvec, start)
+    basis, (diagonal, off_diagonal), residual, _ = algorithm(matvec, start)
     # Beyond an off-diagonal entry of (nearly) 0, the Krylov space is complete and what follows is made of rounding.
     scale = jnp.abs(diagonal[0]) + jnp.max(jnp.nan_to_num(jnp.abs(off_diagonal)), initial=0.0)
     goes_on = off_diagonal > 100 * jnp.finfo(start.dtype).eps * scale
@@ -54,10 +61,13 @@ def lanczos(matvec: Matvec, start: Float[Array, " n"], order: int) -> Spectrum:
     off_diagonal = jnp.where(is_real[1:], off_diagonal, 0.0)
     last = jnp.where(is_real[-1], jnp.linalg.norm(residual), 0.0)
     small = jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
-    eigenvalues, vectors = jnp.linalg.eigh(small)
-    is_filler = jnp.sum(jnp.where(is_real[:, None], vectors, 0.0) ** 2, 0) < 0.5
-    errors = jnp.where(is_filler, jnp.inf, last * jnp.abs(vectors[-1]))
-    return Spectrum(eigenvalues, errors, jnp.where(is_filler, 0.0, vectors[0] ** 2))
+    eigenvalues, rotation = jnp.linalg.eigh(small)
+    is_filler = jnp.sum(jnp.where(is_real[:, None], rotation, 0.0) ** 2, 0) < 0.5
+    errors = jnp.where(is_filler, jnp.inf, last * jnp.abs(rotation[-1]))
+    wanted = jnp.where(is_filler, 0.0, rotation)[:, order - vectors :]
+    ritz = wanted.T @ jnp.where(is_real[:, None], basis, 0.0)
+    ritz *= jnp.sign(jnp.take_along_axis(ritz, jnp.argmax(jnp.abs(ritz), 1)[:, None], 1))
+    return Spectrum(eigenvalues, errors, jnp.where(is_filler, 0.0, rotation[0] ** 2), ritz)
 
 
 def hessian(
@@ -96,16 +106,18 @@ def hessian_spectrum(
     batches: PyTree | None = None,
     *,
     order: int = 10,
+    vectors: int = 0,
     key: Key[Array, ""],
 ) -> Spectrum:
-    """Extreme eigenvalues of the Hessian, from a random start vector. See `hessian` and `lanczos`.
+    """Extreme eigenvalues of the Hessian, from a random start vector, and eigenvectors of the largest ones. See
+    `hessian` and `lanczos`. A vector is flat, in the order of `jax.flatten_util.ravel_pytree`.
 
-    Ten products, as in the paper, give the largest eigenvalue; its error comes with it. For k of them at either end
-    take several times as many.
+    Ten products, as in the paper, give the largest eigenvalue; its error comes with it. For k of them at either end,
+    and for eigenvectors, take several times as many.
     """
     product, size = hessian(objective, model, batches)
     dtype = jnp.result_type(*jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
-    return lanczos(product, jr.normal(key, (size,), dtype), order)
+    return lanczos(product, jr.normal(key, (size,), dtype), order, vectors=vectors)
 
 
 def ntk(model: PyTree, inputs: Shaped[Array, "points ..."]) -> Float[Array, "points points"]:

@@ -57,6 +57,35 @@ def test_ritz_values_are_eigenvalues_within_their_errors(name, order, dtype, dig
         assert real.sum() == distinct if distinct < 10 else real.all()
 
 
+@pytest.mark.parametrize("order", [12, 100])
+@pytest.mark.parametrize("name", ["negative", "one outlier", "clustered"])
+@pytest.mark.parametrize("dtype, digits", [("float32", 1e-5), ("float64", 1e-12)])
+def test_ritz_vectors_are_eigenvectors_within_their_errors(name, order, dtype, digits):
+    """Of length 1, at right angles, with the residual that `errors` says; and those of NumPy's decomposition."""
+    with jax.enable_x64(dtype == "float64"):
+        matrix = symmetric(SPECTRA[name], dtype)
+        start = jr.normal(jr.key(1), (40,), dtype)
+        spectrum = jax.jit(lambda start: lanczos(lambda v: matrix @ v, start, order, vectors=3))(start)
+        spectrum = jax.tree.map(np.asarray, spectrum)
+    found, scale = spectrum.vectors.astype(float), np.abs(SPECTRA[name]).max()
+    assert spectrum.vectors.shape == (3, 40) and spectrum.vectors.dtype == dtype
+    real = np.isfinite(spectrum.errors[-3:])
+    assert real.any() and np.all(found[~real] == 0)
+    found, values, errors = found[real], spectrum.eigenvalues[-3:][real], spectrum.errors[-3:][real]
+    np.testing.assert_allclose(found @ found.T, np.eye(len(found)), atol=100 * digits)
+    residual = found @ np.asarray(matrix, float) - values[:, None] * found
+    np.testing.assert_allclose(np.linalg.norm(residual, axis=1), errors, rtol=1e-2, atol=200 * digits * scale)
+    assert np.all(np.take_along_axis(found, abs(found).argmax(1)[:, None], 1) > 0)
+    if name == "one outlier":
+        _, exact = np.linalg.eigh(np.asarray(matrix, float))
+        assert abs(found[-1] @ exact[:, -1]) == pytest.approx(1, abs=100 * digits)
+
+
+def test_no_more_ritz_vectors_than_ritz_values():
+    with pytest.raises(ValueError, match="vectors must be between 0 and the order, 3, got 4"):
+        lanczos(lambda v: v, jnp.ones(3), 10, vectors=4)
+
+
 def spiral_problem(seed=0, dtype=jnp.float64, width=100):
     rng = np.random.RandomState(seed)
     model = MLP(2, width, 3, key=jr.key(seed))
@@ -85,12 +114,13 @@ def test_the_hessians_ends_are_those_of_the_dense_hessian(x64):
     assert tree_allclose(few.eigenvalues[-1], eigenvalues[-1], rtol=1e-3)
 
 
-def test_the_largest_eigenvalue_of_a_small_hessian(x64):
+def test_the_largest_eigenvalues_and_eigenvectors_of_a_small_hessian(x64):
     model, objective, _, _ = spiral_problem(width=5)
-    eigenvalues = jnp.linalg.eigvalsh(dense_hessian(objective, model))
-    spectrum = jax.jit(lambda model: hessian_spectrum(objective, model, order=33, key=jr.key(0)))(model)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(dense_hessian(objective, model))
+    spectrum = jax.jit(lambda model: hessian_spectrum(objective, model, order=33, vectors=2, key=jr.key(0)))(model)
     assert tree_allclose(spectrum.eigenvalues[-5:], eigenvalues[-5:], rtol=1e-6, atol=0)
     assert tree_allclose(spectrum.eigenvalues[0], eigenvalues[0], rtol=1e-6, atol=0)
+    assert tree_allclose(abs(jnp.sum(spectrum.vectors * eigenvectors[:, -2:].T, 1)), jnp.ones(2), rtol=1e-9)
 
 
 def test_batches_give_the_hessian_of_the_mean(x64):
