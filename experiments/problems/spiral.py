@@ -32,6 +32,7 @@ LOSSES: dict[LossName, BaseLoss] = {
     "squared-sample": ft.partial(squared_error, weighting="sample"),
     "squared-unit": ft.partial(squared_error, weighting="unit"),
 }
+OPTIMISER = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)  # whose rate every member has of its own
 
 
 def spiral(noise_seed: int) -> Dataset:
@@ -59,19 +60,22 @@ def members(
     learning_rates: Sequence[float],
     loss: LossName,
     oscillation: Oscillation | None = None,
+    inclusive_period: bool = True,
 ) -> Members:
     """All networks of one initialisation and width: every learning rate with every loss and seed.
 
     Without an `oscillation` it is the paper's, and no coordinate of the members.
 
-    The oscillation stops after the last whole period of T + 1 updates. The paper's figure does so; for other periods
-    it is our rule. Where not one period fits, it does not stop.
+    The oscillation stops after the last whole period, of T + 1 updates as the authors count or, without an
+    `inclusive_period`, of T. The paper's figure does so; for other periods it is our rule. Where not one period fits,
+    it does not stop.
     """
     settings = {"init": [init], "width": [width], "learning_rate": learning_rates}
     settings |= {"oscillation": [oscillation]} if oscillation else {}
     coordinates = combinations(amplitudes, periods, seeds, **settings)
     turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
-    whole = updates // (turns + 1) * (turns + 1)
+    length = turns + inclusive_period
+    whole = updates // length * length
     stop = np.where(whole > 0, whole, np.inf)
     schedules = oscillating(
         oscillation or "triangle",
@@ -80,11 +84,11 @@ def members(
         turns,
         stop,
         coordinates["seed"],
-        inclusive_period=True,
+        inclusive_period=inclusive_period,
     )
     return Members(
         make_model=ft.partial(network, init, width),
-        optimiser=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),
+        optimiser=OPTIMISER,
         losses=DynamicalLoss(schedules, LOSSES[loss]),
         coordinates=coordinates,
         hyperparams=("learning_rate",),

@@ -1,0 +1,112 @@
+"""What the cuts say of the valley that a network is in: how deep, how wide and how sharp, at every step, over seeds."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..results import words
+from ..results.estimate import CONFIDENCE, Estimate
+from ..results.files import write_texts
+from ..results.labelled import by_loss, loss_name, subject
+from ..results.tables import plain
+from . import cuts
+
+NAMES = {
+    "loss_here": "loss, nats",
+    "lowest": "lowest along v₁, nats",
+    "width": "width of the valley, ‖θ‖",
+    "sharpness": "λ₁",
+    "second": "λ₂",
+    "norm": "‖θ‖",
+}
+SAID = {
+    "lowest": ("the lowest loss along v₁", "rises", "falls"),
+    "width": ("the width of the valley", "grows", "shrinks"),
+    "sharpness": ("the largest eigenvalue λ₁", "rises", "falls"),
+}
+"""What is put into sentences, and what a change to more and to less is called."""
+
+
+def outcomes(members: xr.Dataset) -> dict[str, xr.DataArray]:
+    """By name, `[seed, observation_step]`: the loss where the network is, the lowest one along the leading eigenvector,
+    the valley's width there, the two largest eigenvalues, and the norm of the parameters."""
+    eigenvalues = (members.eigenvalue.sel(direction=i, drop=True) for i in (1, 2))
+    values = [members.loss_here, cuts.lowest(members), cuts.valley_width(members), *eigenvalues, members.norm]
+    return dict(zip(NAMES, (v.transpose("seed", "observation_step") for v in values), strict=True))
+
+
+def phases(members: xr.Dataset) -> np.ndarray:
+    """How much of the class's turn is over at the steps of the cuts: 0 to 1."""
+    return members.observation_step.values % float(members.period) / float(members.period)
+
+
+def changes(members: xr.Dataset) -> dict[str, dict[str, Estimate]]:
+    """By turn and name: how every seed's valley changes until the step nearest to half the turn, and from there to the
+    last one, as differences."""
+    at, found = phases(members), outcomes(members)
+    half = int(np.argmin(abs(at - 0.5)))
+    turns = {"rising weight": (0, half), "falling weight": (half, len(at) - 1)}
+    return {
+        turn: {name: _estimate(v[:, end] - v[:, start], True) for name, v in found.items()}
+        for turn, (start, end) in turns.items()
+        if start != end
+    }
+
+
+def write(dataset: xr.Dataset, directory: Path) -> list[str]:
+    """Writes `summary.md` and `summary.json`, and returns what they say, in sentences."""
+    sentences, lines, document = [], [], {}
+    for members in by_loss(dataset.squeeze(["init", "width", "learning_rate"])):
+        name, found = loss_name(members), outcomes(members)
+        estimates = {n: [_estimate(v[:, k]) for k in range(v.shape[1])] for n, v in found.items()}
+        rows = [
+            [f"{phase:.3g} T", f"{int(step):,}", *(estimates[n][k].spread(1, 3) for n in NAMES)]
+            for k, (phase, step) in enumerate(zip(phases(members), members.observation_step, strict=True))
+        ]
+        lines += ["", f"## Network of the {name} loss" if name == "static" else f"## Network of {name}", ""]
+        lines += words.markdown_table(["phase", "step", *NAMES.values()], rows)
+        moved = changes(members)
+        if name != "static":
+            sentences += [_sentence(turn, n, found[n]) for turn, found in moved.items() for n in SAID]
+        document[name] = {
+            "diverged": members.seed.values[members.diverged_at.values >= 0].tolist(),
+            "steps": members.observation_step.values.tolist(),
+            "outcomes": {n: [dataclasses.asdict(e) for e in row] for n, row in estimates.items()},
+            "changes": {t: {n: dataclasses.asdict(e) for n, e in f.items()} for t, f in moved.items()},
+        }
+    head = [f"# The loss landscape over one period: {subject(dataset)}", ""]
+    head += [f"- {sentence}" for sentence in sentences]
+    notes = [
+        "The loss of the step's class weights, on all training points; ± is the standard deviation over seeds.",
+        f"v₁ is the eigenvector of the largest Hessian eigenvalue λ₁ ({cuts.ORDER} Lanczos products); the width is "
+        f"that {cuts.RISE:g} nats above the lowest point along it; – where no seed's cut shows it.",
+        f"Intervals: {CONFIDENCE:.0%}, Student's t over seeds, of changes within a seed; p: Wilcoxon's signed-rank.",
+    ]
+    attrs: dict[str, Any] = {key: plain(value) for key, value in dataset.attrs.items()}
+    made = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in attrs.items() if key != "comment"]
+    lines = [*head, *lines, "", *(f"- {note}" for note in notes), "", "## How it was made", "", *made]
+    write_texts(directory, "summary", lines, {"losses": document, "statements": sentences, "attributes": attrs})
+    return sentences
+
+
+def _sentence(turn: str, name: str, change: Estimate) -> str:
+    what, more, less = SAID[name]
+    lead = f"While the class's weight is {turn.split()[0]}, {what} changes by"
+    if change.mean is None:
+        return f"{lead} –: no seed's network shows it."
+    if change.low is None or change.high is None or change.rank_p is None:
+        return f"{lead} {words.number(change.mean, digits=3, sign=True)}: one seed has no interval."
+    found = f"{lead} {change.difference(1, 3)} ({change.n} seeds, signed-rank p = {words.p_value(change.rank_p)})"
+    if change.low <= 0 <= change.high:
+        return f"{found}: no change established."
+    return f"{found}: it {more if change.low > 0 else less}."
+
+
+def _estimate(values: xr.DataArray, differences: bool = False) -> Estimate:
+    seeds = values.seed.values.tolist()
+    return Estimate.of(
+        {seed: float(v) for seed, v in zip(seeds, values.values, strict=True) if np.isfinite(v)}, differences
+    )
