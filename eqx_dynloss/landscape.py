@@ -65,7 +65,7 @@ def lanczos(matvec: Matvec, start: Float[Array, " n"], order: int, *, vectors: i
     is_filler = jnp.sum(jnp.where(is_real[:, None], rotation, 0.0) ** 2, 0) < 0.5
     errors = jnp.where(is_filler, jnp.inf, last * jnp.abs(rotation[-1]))
     wanted = jnp.where(is_filler, 0.0, rotation)[:, order - vectors :]
-    ritz = wanted.T @ jnp.where(is_real[:, None], basis, 0.0)
+    ritz = wanted.T @ jnp.where(is_real[:, None], jnp.asarray(basis), 0.0)
     ritz *= jnp.sign(jnp.take_along_axis(ritz, jnp.argmax(jnp.abs(ritz), 1)[:, None], 1))
     return Spectrum(eigenvalues, errors, jnp.where(is_filler, 0.0, rotation[0] ** 2), ritz)
 

@@ -30,7 +30,7 @@ def lines(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figur
     period, every seed a thin line."""
     both = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))
     figure = Figure(figsize=(11, 9.5), dpi=150, layout="constrained")
-    axes = figure.subplot_mosaic([["a"] * 3 + ["b"] * 3, ["c"] * 2 + ["d"] * 2 + ["e"] * 2], height_ratios=(1.45, 1))
+    axes = figure.subplot_mosaic("aaabbb;ccddee", height_ratios=(1.45, 1))
     seen = np.concatenate([members.sel(seed=seed).loss_along.values.ravel() for members in both])
     seen = seen[seen > 0]
     for panel, members in zip("ab", both, strict=True):

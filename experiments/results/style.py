@@ -25,6 +25,12 @@ STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#D55E00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "v"),
     ("#56B4E9", (0, (1, 2.5)), "P"),
 )
+# Of the spiral's classes: the paper's colours, and dashes.
+CLASSES: tuple[tuple[str, Any], ...] = (
+    ("#D62728", "solid"),
+    ("#E3B505", (0, (5, 1.5))),
+    ("#1B2A6B", (0, (1.5, 1.2))),
+)
 STATIC: tuple[str, Any, str] = ("black", "solid", "X")
 BINS = 1500  # a long series is drawn by its extremes in at most this many bins
 

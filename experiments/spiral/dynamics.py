@@ -14,10 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ..results.labelled import by_loss, by_setting, loss_name, loss_unit
-from ..results.style import STATIC, STYLES, extremes, finish, ruled
+from ..results.style import CLASSES, STATIC, STYLES, extremes, finish, ruled
 from . import bifurcation
 
-_CLASSES = (("#D62728", "solid"), ("#E3B505", (0, (5, 1.5))), ("#1B2A6B", (0, (1.5, 1.2))))  # the paper's colours
 _STATIC, _DYNAMICAL = ("0.45", (0, (4, 1.5))), (STYLES[0][0], "solid")
 _OF_LOSS = (STATIC, *STYLES[:5])
 _WINDOWS = 400  # a series is averaged over about this many windows before seeds are compared
@@ -205,7 +204,7 @@ def round_numbers(axes: Axes) -> None:
 
 def _weights(axes: Axes, steps: np.ndarray, members: xr.Dataset) -> None:
     """The class weights in the paper's colours, with room for a legend."""
-    for i, (colour, dashes) in enumerate(_CLASSES):
+    for i, (colour, dashes) in enumerate(CLASSES):
         series = members.class_weights.values[steps[0] : steps[-1] + 1, i]
         axes.plot(steps, series, color=colour, linestyle=dashes, linewidth=1.3, label=f"class {i}")
     axes.set_ylim(0, 1.25 * float(members.class_weights.max()))
