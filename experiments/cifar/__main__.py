@@ -15,6 +15,7 @@ import xarray as xr
 
 from ..problems import curvature, images
 from ..problems.cifar import Problem, parse_period
+from ..problems.oscillation import Oscillation
 from ..problems.presets import PRESETS, ComputeDtype, PresetName, chosen, default_name, in_words
 from ..results.files import file_name
 from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
@@ -54,6 +55,10 @@ class Config:
         float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 6/7 of the epochs)")
     ] = None
     """The epoch at which the oscillation stops for good."""
+    oscillation: Oscillation = "triangle"
+    """triangle: the paper's. Controls of ours, with the same A and T: cosine, square: another waveform. random-order:
+    the classes take turns in an order drawn anew for every pass. learning-rate: a static loss whose learning rate
+    oscillates as the weight of the active class does, with the same mean over a period."""
     width: Annotated[int | None, _of_preset("INT")] = None
     """Channels of the convolutions."""
     epochs: Annotated[int | None, _of_preset("INT")] = None
@@ -116,7 +121,8 @@ def main(arguments: list[str] | None = None) -> bool:
         observed: dict[str, Any] = {}
         if preset.curvature:
             observed = {"observe": curvature.at_peak_and_static(preset.curvature), "observe_evaluated": True}
-        problem = Problem.of(preset, data, parse_seeds(config.seeds), config.momentum, config.stop_epoch, **observed)
+        how = config.momentum, config.stop_epoch, config.oscillation
+        problem = Problem.of(preset, data, parse_seeds(config.seeds), *how, **observed)
         configuration = dataclasses.asdict(config) | dataclasses.asdict(preset) | problem.sizes
         run.open(f"cifar-{data.name}", data.name, configuration | {"dataset": data.name, "preset": name})
         reason = "as asked" if config.preset else f"{'no' if name == 'quick' else 'an'} accelerator was found"
@@ -137,7 +143,8 @@ def write_outputs(results: xr.Dataset, directory: Path) -> str:
     summarised = summary.summarise(results)
     tables.write_summary(summarised, results, directory)
     figures.learning_curves(results, path("learning_curves.png"))
-    figures.class_weights(results, path("class_weights.png"))
+    if results.get("oscillation", "") != "learning-rate":
+        figures.class_weights(results, path("class_weights.png"))
     for printed in tables.to_print(summarised):
         console.print(printed)
     gains = [c.difference("validation").low for c in summarised.conditions if c.period is not None]

@@ -25,6 +25,7 @@ from ..running.errors import UsageError
 from ..running.members import Members
 from ..running.task import Plan, Task, chunk_length
 from .images import ImageData
+from .oscillation import OscillatingRate, Oscillation, oscillating
 from .presets import Preset
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -39,6 +40,7 @@ class Problem:
     steps_per_epoch: int
     periods: list[float]  # in steps
     momentum: float
+    oscillation: Oscillation
     task: Task
 
     @classmethod
@@ -49,6 +51,7 @@ class Problem:
         seeds: Sequence[int],
         momentum: float = 0.9,
         stop_epoch: float | None = None,
+        oscillation: Oscillation = "triangle",
         **plan: Any,
     ) -> "Problem":
         """**Arguments:**
@@ -56,6 +59,7 @@ class Problem:
         - `preset`: the protocol.
         - `seeds`: of the members of every loss. Those of one seed have the same initial weights and order of examples.
         - `stop_epoch`: the epoch at which the oscillation stops; by default 6/7 of them.
+        - `oscillation`: the paper's, or a control.
         - `plan`: what the plan has besides the protocol, such as observations.
         """
         train_data, validation_data = datasets(images, preset)
@@ -73,11 +77,26 @@ class Problem:
         except ValueError as error:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
+        stops = np.full(len(turns), stop)
+        schedule = oscillating(
+            oscillation,
+            len(CLASSES),
+            coordinates["amplitude"],
+            turns,
+            stops,
+            coordinates["seed"],
+            inclusive_period=False,
+        )
+        optimiser, hyperparams = nesterov(preset.learning_rate, momentum, num_steps), {}
+        if isinstance(schedule, OscillatingRate):
+            optimiser, hyperparams = oscillating_nesterov(preset.learning_rate, momentum, num_steps, schedule)
+            schedule = OscillatingWeights(len(CLASSES), np.ones(len(turns)), turns, stop=stops)
         members = Members(
             make_model=lambda key: Myrtle(preset.width, compute_dtype=preset.compute_dtype, key=key),
-            optimiser=nesterov(preset.learning_rate, momentum, num_steps),
-            losses=DynamicalLoss(OscillatingWeights(len(CLASSES), coordinates["amplitude"], turns, stop=stop)),
+            optimiser=optimiser,
+            losses=DynamicalLoss(schedule),
             coordinates=coordinates,
+            hyperparams=hyperparams,
         )
         on_cpu = jax.devices()[0].platform == "cpu"
         images_per_step = preset.batch_size * len(members)
@@ -95,7 +114,7 @@ class Problem:
             splits={"train": train_data, "validation": validation_data},
             plan=Plan(num_steps, chunk, preset.evaluations, preset.batch_size, microbatch_size, **plan),
         )
-        return cls(images, preset, steps_per_epoch, periods, momentum, task)
+        return cls(images, preset, steps_per_epoch, periods, momentum, oscillation, task)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -131,6 +150,8 @@ class Problem:
             steps_per_epoch=self.steps_per_epoch,
             images_per_second=measured.member_updates_per_second * self.preset.batch_size,
         )
+        if self.oscillation != "triangle":
+            unfolded = unfolded.assign_coords(oscillation=self.oscillation)
         if plan.observe_evaluated:
             rates = self.preset.learning_rate * rise_and_fall(plan.num_steps)(unfolded.observation_step.values)
             about = {"units": "1", "long_name": "learning rate η at the observation"}
@@ -174,6 +195,24 @@ def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.Gra
         return optax.sgd(lambda count: learning_rate * shape(count), momentum, nesterov=True)
 
     return optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum)
+
+
+def oscillating_nesterov(
+    learning_rate: float, momentum: float, num_steps: int, rate: OscillatingRate
+) -> tuple[optax.GradientTransformation, dict[str, np.ndarray]]:
+    """`nesterov` with a learning rate that oscillates as well, and the hyperparameters of the members, whose amplitudes
+    and periods are those of `rate`, `[members]`."""
+    shape, like = rise_and_fall(num_steps), jax.tree.map(lambda leaf: leaf[0], rate)
+    leaves = lambda rate: (rate.schedule.amplitude, rate.schedule.period, rate.mean)
+
+    def make(learning_rate, momentum, amplitude, period, mean):
+        own = eqx.tree_at(leaves, like, (amplitude, period, mean))
+        return optax.sgd(lambda count: learning_rate * shape(count) * own(count)[0], momentum, nesterov=True)
+
+    names = ("amplitude", "period", "mean")
+    one = dict(zip(names, map(float, leaves(like)), strict=True))
+    optimiser = optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum, **one)
+    return optimiser, dict(zip(names, map(np.asarray, leaves(rate)), strict=True))
 
 
 def rise_and_fall(num_steps: int) -> optax.Schedule:

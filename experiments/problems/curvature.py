@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from eqx_dynloss import landscape
 from eqx_dynloss.loss import DynamicalLoss
-from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.schedule import OscillatingWeights, RandomOrder
 from eqx_dynloss.train import Dataset, TrainState
 
 from ..running.task import Observe
@@ -37,8 +37,9 @@ def at_peak_and_static(num_images: int) -> Observe:
     def observe(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
         drawn, key = jr.split(jr.fold_in(state.key, state.step))
         schedule = loss.schedule
-        assert isinstance(schedule, OscillatingWeights)
-        weights = {"peak": schedule(_peak(schedule, state.step, drawn)), "static": jnp.ones(schedule.num_classes)}
+        turns = schedule.schedule if isinstance(schedule, RandomOrder) else schedule
+        assert isinstance(turns, OscillatingWeights)
+        weights = {"peak": schedule(_peak(turns, state.step, drawn)), "static": jnp.ones(schedule.num_classes)}
         found = {name: _largest(state, loss, data, w, num_images, key) for name, w in weights.items()}
         return {f"{name}_hessian_max": value for name, (value, _) in found.items()} | {
             f"{name}_hessian_max_error": error for name, (_, error) in found.items()

@@ -91,7 +91,7 @@ def members(
         optimiser=OPTIMISER,
         losses=DynamicalLoss(schedules, LOSSES[loss]),
         coordinates=coordinates,
-        hyperparams=("learning_rate",),
+        hyperparams={"learning_rate": coordinates["learning_rate"]},
     )
 
 

@@ -182,7 +182,7 @@ def _words(part: xr.Dataset, name: str) -> str:
     if name == "init":
         return {"paper": "paper init", "glorot": "Glorot init", "none": "no biases"}[value]
     if name == "oscillation":
-        return str(value).replace("-", " ")
+        return {"random-order": "random order", "learning-rate": "oscillating learning rate"}.get(value, str(value))
     return f"{name.replace('_', ' ')} {value:g}"
 
 

@@ -22,14 +22,14 @@ class Members:
     """What all members of an ensemble have in common, and what each has of its own.
 
     The `coordinates`, `[members]` by name, are those of `results.labelled.combinations`: `seed`, `amplitude`, `period`
-    and whatever else is varied. Those named in `hyperparams` are handed to the optimiser, which has to inject them.
+    and whatever else is varied. The `hyperparams`, likewise, are handed to the optimiser, which has to inject them.
     """
 
     make_model: Callable[[Any], Any]
     optimiser: optax.GradientTransformation
     losses: DynamicalLoss  # with a leading axis of members
     coordinates: Mapping[str, np.ndarray]
-    hyperparams: tuple[str, ...] = ()
+    hyperparams: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     models: Any = None  # with a leading axis of members: what they start from, where others have trained it before
 
     def __len__(self) -> int:
@@ -38,15 +38,13 @@ class Members:
     def take(self, indices: np.ndarray) -> "Members":
         """Those members, in that order; one may be taken several times."""
         pick = lambda leaf: leaf[indices] if eqx.is_array(leaf) else leaf
-        coordinates = {name: values[indices] for name, values in self.coordinates.items()}
-        losses, models = jax.tree.map(pick, (self.losses, self.models))
-        return dataclasses.replace(self, losses=losses, models=models, coordinates=coordinates)
+        arrays = ("losses", "models", "coordinates", "hyperparams")
+        return dataclasses.replace(self, **{name: jax.tree.map(pick, getattr(self, name)) for name in arrays})
 
     def init(self) -> TrainState:
         """Their states before the first update. Equal seeds have equal weights and see examples in the same order."""
         keys = jax.vmap(lambda seed: jr.fold_in(jr.key(0), seed))(jnp.asarray(self.coordinates["seed"]))
-        values = {name: jnp.asarray(self.coordinates[name]) for name in self.hyperparams}
-        states = ensemble.init(self.make_model, self.optimiser, keys, values)
+        states = ensemble.init(self.make_model, self.optimiser, keys, self.hyperparams)
         if self.models is None:
             return states
         trained = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), self.models, states.model)

@@ -21,11 +21,20 @@ import pytest
 import xarray as xr
 from PIL import Image
 
+from eqx_dynloss.schedule import OscillatingWeights
 from experiments.cifar import __main__ as cifar
 from experiments.problems import cifar as problem
 from experiments.problems import images, prepare, presets
-from experiments.problems.cifar import Standardise, datasets, flops_per_image, nesterov, parse_period
+from experiments.problems.cifar import (
+    Standardise,
+    datasets,
+    flops_per_image,
+    nesterov,
+    oscillating_nesterov,
+    parse_period,
+)
 from experiments.problems.images import ImageData
+from experiments.problems.oscillation import OscillatingRate
 from experiments.problems.presets import PRESETS
 from experiments.results import files
 from experiments.running import devices
@@ -117,6 +126,21 @@ def test_the_rate_rises_from_0_to_its_peak_and_falls_to_a_tenth(num_steps):
     assert rate_at(optimiser, 0) == 0
     assert rate_at(optimiser, 3 * num_steps // 7) == pytest.approx(0.4)
     assert rate_at(optimiser, num_steps) == rate_at(optimiser, 10 * num_steps) == pytest.approx(0.04)
+
+
+def test_the_control_oscillates_with_the_weight_of_the_active_class_and_its_mean():
+    """Every member with its own amplitude and period, in NumPy; the static one as without."""
+    amplitudes, periods, stop = np.array([1.0, 5.0, 20.0]), np.array([4.0, 4.0, 10.0]), 60
+    schedule = OscillatingWeights(10, amplitudes, periods, stop=np.full(3, stop))
+    optimiser, own = oscillating_nesterov(0.4, 0.0, 70, OscillatingRate(schedule))
+    for member, (amplitude, period) in enumerate(zip(amplitudes, periods, strict=True)):
+        peak = 1 + (amplitude - 1) * (1 - abs(2 * np.arange(period) / period - 1))
+        factor = 10 * peak / (peak + 9)
+        factor /= factor.mean()
+        hyperparams = {name: jnp.asarray(values[member]) for name, values in own.items()}
+        for count in (1, 7, 22, 33, 59, 60, 69):
+            expected = rate(count, 0.4, 70) * (factor[int(count % period)] if count < stop else 1)
+            assert rate_at(optimiser, count, **hyperparams) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
@@ -419,6 +443,25 @@ def test_a_slice_of_the_seeds_is_the_same_members(results, run_directory, tmp_pa
     for name in ("minibatch_loss", "accuracy"):
         np.testing.assert_array_equal(part[name].sel(seed=1), results[name].sel(seed=1))
         assert (part[name].sel(seed=2) != results[name].sel(seed=1)).any()
+
+
+@pytest.mark.parametrize("oscillation", ["learning-rate", "random-order"])
+def test_what_oscillates_may_be_another(oscillation, tmp_path):
+    """The static members stay what they are; the others do not, and titles say so."""
+    arguments = [*TINY, "--amplitude", "10", "--period", "3", "--seeds", "2", "--curvature", "10"]
+    assert command(*arguments, "--oscillation", oscillation, "--out", tmp_path / "run") == 0
+    assert command(*arguments, "--out", tmp_path / "paper") == 0
+    other, paper = (files.load(tmp_path / name / "digits_results.nc") for name in ("run", "paper"))
+    assert other.oscillation.item() == oscillation and "oscillation" not in paper.coords
+    np.testing.assert_array_equal(other.loss.isel(amplitude=0), paper.loss.isel(amplitude=0))
+    assert not np.array_equal(other.minibatch_loss.isel(amplitude=1), paper.minibatch_loss.isel(amplitude=1))
+    if oscillation == "learning-rate":
+        assert (other.class_weights == 1).all() and not (tmp_path / "run" / "digits_class_weights.png").exists()
+        np.testing.assert_allclose(other.static_hessian_max, other.peak_hessian_max, rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(np.sort(other.class_weights, -1), np.sort(paper.class_weights, -1))
+    words = {"learning-rate": "oscillating learning rate", "random-order": "random order"}[oscillation]
+    assert f"({words})" in (tmp_path / "run" / "digits_summary.md").read_text().splitlines()[0]
 
 
 def test_the_network_may_compute_in_bfloat16(results, run_directory, tmp_path, capsys):

@@ -39,7 +39,7 @@ def make_model(key):
 def members(count=MEMBERS, **coordinates) -> Members:
     schedules = OscillatingWeights(2, np.linspace(1, 9, count), np.full(count, 3.0))
     own = {"seed": np.arange(count)} | coordinates
-    return Members(make_model, OPTIMISER, DynamicalLoss(schedules), own, hyperparams=tuple(coordinates))
+    return Members(make_model, OPTIMISER, DynamicalLoss(schedules), own, hyperparams=coordinates)
 
 
 def task(num_steps, chunk, num_evaluations, who=None, name="", **plan) -> Task:
@@ -349,7 +349,7 @@ def test_members_go_on_from_models_that_were_trained_before(tmp_path, monkeypatc
 
 def test_tasks_are_trained_one_after_another_and_told_apart(tmp_path, monkeypatch, capsys):
     both = [task(4, 2, 2, members(width=np.full(MEMBERS, width)), str(width)) for width in (1, 2)]
-    both = [dataclasses.replace(t, members=dataclasses.replace(t.members, hyperparams=())) for t in both]
+    both = [dataclasses.replace(t, members=dataclasses.replace(t.members, hyperparams={})) for t in both]
     whole = training.train(both)
     assert whole.width.values.tolist() == [1] * MEMBERS + [2] * MEMBERS and whole.steps_done == 8
     xr.testing.assert_equal(whole.isel(member=slice(MEMBERS)).drop_vars("width"), train(4, 2, 2))

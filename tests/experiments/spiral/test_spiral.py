@@ -67,7 +67,7 @@ def test_what_oscillates_is_a_setting_like_the_others(tmp_path, without_figures)
         )
         assert not np.allclose(loss.sel(oscillation=kind, amplitude=5), loss.sel(oscillation="triangle", amplitude=5))
     names = {c["setting"] for c in json.loads((tmp_path / "all" / "summary.json").read_text())["conditions"]}
-    assert names == {"triangle", "random order", "learning rate", "square"}
+    assert names == {"triangle", "random order", "oscillating learning rate", "square"}
 
     assert command(*arguments, "--out", "paper") == 0
     paper = results_of(tmp_path / "paper")
