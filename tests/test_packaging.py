@@ -133,7 +133,7 @@ def test_imports_of_the_experiments_go_down(path):
 
 def test_tests_mirror_the_rooms():
     rooms = {path.name for path in EXPERIMENTS.iterdir() if (path / "__init__.py").exists()}
-    assert rooms == {*ROOMS, *COMMANDS} and COMMANDS == ["cifar", "compare", "merge", "phase", "spiral"]
+    assert rooms == {*ROOMS, *COMMANDS} and COMMANDS == ["cifar", "compare", "merge", "phase", "sizes", "spiral"]
     assert {path.parent.name for path in (ROOT / "tests" / "experiments").glob("*/test_*.py")} == rooms
 
 
