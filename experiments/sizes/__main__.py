@@ -20,7 +20,7 @@ from ..running.errors import UsageError
 from ..running.flags import LEAST, RunFlags, parse_seeds, require, require_different
 from ..running.session import Session
 from ..running.task import Task, announcement
-from ..running.terminal import console, execute
+from ..running.terminal import console, execute, warn
 from ..running.training import train
 
 PresetName = Literal["quick", "paper"]
@@ -159,17 +159,17 @@ def with_parameters(results: xr.Dataset) -> xr.Dataset:
 def write_outputs(results: xr.Dataset, directory: Path) -> str:
     """Writes what is to be read and looked at, prints what it says, and returns what there is now, in words."""
     # Here: what only the end needs takes seconds to import.
-    from ..results import summary, tables
+    from ..results.summary import summarise
+    from ..results.tables import write_summary
     from . import figure, statistics
 
-    summarised, points = summary.summarise(results), statistics.points(results)
-    tables.write_summary(
-        summarised, results, directory, statistics.markdown(points), {"sizes": statistics.plain(points)}
-    )
+    summarised, points = summarise(results), statistics.points(results)
+    write_summary(summarised, results, directory, statistics.markdown(points), {"sizes": statistics.plain(points)})
     figure.sizes(points, results, directory / "sizes.png")
-    console.print(tables.console_table(summarised))
-    for verdict in statistics.verdicts(points):
-        console.print(verdict)
+    for notice in summarised.notices:
+        warn(notice)
+    for printed in (statistics.console_table(points), *statistics.verdicts(points)):
+        console.print(printed)
     speed = results.attrs["member_updates_per_second"]
     lead = f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else ""
     return f"{lead}Results, summary and figure"

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from rich import box
+from rich.table import Table
 
 from ..results import words
 from ..results.conditions import Condition
@@ -141,6 +143,22 @@ def verdicts(found: Sequence[Point]) -> list[str]:
         lines.append(f"- {function}, η = {rate:g}, {name} against static, by parameters: {'; '.join(parts)}.")
     more = "Established is what both the 95 % interval and the signed-rank test say, which needs six seeds; "
     return [*lines, "", f"{more}{3 * sum(map(len, groups.values()))} comparisons, not corrected for their number."]
+
+
+def console_table(found: Sequence[Point]) -> Table:
+    """The table for the terminal: validation accuracies of static and dynamical loss, and their paired difference."""
+    title = "Validation accuracy at the end, %: mean ± std, and paired difference [95 % CI]"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in ("loss function", "parameters", "η", "loss", "accuracy", "difference"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for point in found:
+        c = point.condition
+        cells = [point.loss_function, f"{point.parameters:,}", f"{point.learning_rate:g}"]
+        gain = "" if c.period is None else c.difference("validation").difference(100, 1)
+        table.add_row(
+            *(cells if c.period is None else [""] * 3), point.name, c.outcome("validation").spread(100, 1), gain
+        )
+    return table
 
 
 def plain(found: Sequence[Point]) -> list[dict[str, Any]]:
