@@ -95,13 +95,7 @@ class Config:
         require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
         require(self, ("learning_rate", "squared_learning_rate"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
-        chosen = self.chosen
-        parse_seeds(chosen.seeds)
-        if max(chosen.period) + 1 > chosen.updates:
-            raise UsageError(
-                f"--period {max(chosen.period):g} is too long for {chosen.updates:,} updates: the oscillation has to "
-                "stop, which it does after a whole period of T + 1 updates."
-            )
+        parse_seeds(self.chosen.seeds)
 
     @property
     def chosen(self) -> Preset:
@@ -115,6 +109,11 @@ def main(arguments: list[str] | None = None) -> bool:
     arguments = sys.argv[1:] if arguments is None else arguments
     with Session.start(Config, "sizes", arguments) as run:
         config, preset = run.config, run.config.chosen
+        if max(preset.period) + 1 > preset.updates:  # here: by now the flags of a run that is resumed are known
+            raise UsageError(
+                f"--period {max(preset.period):g} is too long for {preset.updates:,} updates: the oscillation has to "
+                "stop, which it does after a whole period of T + 1 updates."
+            )
         run.open("sizes", "spiral", dataclasses.asdict(config) | dataclasses.asdict(preset))
         with jax.enable_x64(True):
             tasks = tasks_of(config)
