@@ -167,7 +167,7 @@ def write_outputs(results: xr.Dataset, directory: Path) -> str:
     figure.sizes(points, results, directory / "sizes.png")
     for notice in summarised.notices:
         warn(notice)
-    for printed in (statistics.console_table(points), *statistics.verdicts(points)):
+    for printed in (*statistics.console_tables(points), *statistics.verdicts(points)):
         console.print(printed)
     speed = results.attrs["member_updates_per_second"]
     lead = f"{speed:,.0f} member-updates/s. " if math.isfinite(speed) else ""

@@ -108,8 +108,8 @@ def _mark_thresholds(axes: Axes, rates: Sequence[float]) -> None:
     """Marks 2/η, above which gradient descent is unstable, of the learning rates of a loss function."""
     for rate in rates:
         axes.axhline(2 / rate, color="0.35", linewidth=1.2, linestyle=(0, (1, 2)), zorder=1.5)
-        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "ha": "right", "fontsize": 8}
-        axes.annotate(f"2/η, η = {rate:g}", (0.99, 2 / rate), **place)
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False, "fontsize": 8}
+        axes.annotate(f"2/η,\nη = {rate:g}", (1.01, 2 / rate), **place)
 
 
 def _label_sizes(axes: Axes, own: Sequence[Point]) -> None:

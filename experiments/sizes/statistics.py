@@ -145,20 +145,24 @@ def verdicts(found: Sequence[Point]) -> list[str]:
     return [*lines, "", f"{more}{3 * sum(map(len, groups.values()))} comparisons, not corrected for their number."]
 
 
-def console_table(found: Sequence[Point]) -> Table:
-    """The table for the terminal: validation accuracies of static and dynamical loss, and their paired difference."""
-    title = "Validation accuracy at the end, %: mean ± std, and paired difference [95 % CI]"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for header in ("loss function", "parameters", "η", "loss", "accuracy", "difference"):
-        table.add_column(header, justify="right", no_wrap=True)
+def console_tables(found: Sequence[Point]) -> list[Table]:
+    """For the terminal, of every loss function: validation accuracies, and their paired difference."""
+    tables: dict[str, Table] = {}
+    static = Estimate.of({})
     for point in found:
-        c = point.condition
-        cells = [point.loss_function, f"{point.parameters:,}", f"{point.learning_rate:g}"]
-        gain = "" if c.period is None else c.difference("validation").difference(100, 1)
-        table.add_row(
-            *(cells if c.period is None else [""] * 3), point.name, c.outcome("validation").spread(100, 1), gain
-        )
-    return table
+        name, c = point.loss_function, point.condition
+        if name not in tables:
+            title = f"{name}: validation accuracy at the end, %"
+            tables[name] = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+            for header in ("parameters", "η", "A", "T", "static", "dynamical", "difference [95 % CI]"):
+                tables[name].add_column(header, justify="right", no_wrap=True)
+        if c.period is None:
+            static = c.outcome("validation")
+            continue
+        accuracies = [values.spread(100, 1) for values in (static, c.outcome("validation"))]
+        setting = [f"{point.parameters:,}", *(f"{x:g}" for x in (point.learning_rate, c.amplitude, c.period))]
+        tables[name].add_row(*setting, *accuracies, c.difference("validation").difference(100, 1))
+    return list(tables.values())
 
 
 def plain(found: Sequence[Point]) -> list[dict[str, Any]]:
