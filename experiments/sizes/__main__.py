@@ -17,7 +17,7 @@ import xarray as xr
 from ..problems import spiral
 from ..problems.spiral import LOSSES, Init, LossName
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, parse_seeds, require, require_different
+from ..running.flags import LEAST, RunFlags, parse_seeds, require, require_different, words
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute, warn
@@ -107,7 +107,8 @@ class Config:
 def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns whether the training was finished."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with Session.start(Config, "sizes", arguments) as run:
+    description = f"{Config.__doc__}\n\n" + "\n".join(map(in_words, PRESETS))
+    with Session.start(Config, "sizes", arguments, description) as run:
         config, preset = run.config, run.config.chosen
         if max(preset.period) + 1 > preset.updates:  # here: by now the flags of a run that is resumed are known
             raise UsageError(
@@ -123,6 +124,11 @@ def main(arguments: list[str] | None = None) -> bool:
         if run.save(results):
             console.print(f"{write_outputs(results, run.directory)}: {run.directory}")
     return run.finished
+
+
+def in_words(name: PresetName) -> str:
+    """A preset as flags of the command line."""
+    return f"Preset {name}: {' '.join(f'--{flag} {words(value)}' for flag, value in vars(PRESETS[name]).items())}."
 
 
 def tasks_of(config: Config) -> list[Task]:
