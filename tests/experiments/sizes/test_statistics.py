@@ -21,7 +21,7 @@ RATES = {"cross-entropy": (0.3, 1.0), "squared-unit": (0.1, 0.3)}
 def study(**attrs: Any) -> xr.Dataset:
     """Of two loss functions. With A = 10, networks from width 30 on are 0.2 more accurate, their loss is a third, and
     their λ is half as large; below nothing differs but by noise."""
-    rng, parts = np.random.default_rng(0), []
+    rng, parts = np.random.default_rng(0), list[xr.Dataset]()
     for function, rates in RATES.items():
         own = combinations((1, 10), (50,), range(SEEDS), loss_function=[function], init=["paper"], width=WIDTHS,
                            learning_rate=rates)  # fmt: skip
@@ -53,7 +53,7 @@ def dataset():
     return study()
 
 
-def members_of(dataset, function, width, rate, amplitude):
+def members_of(dataset, function, width, rate, amplitude) -> xr.Dataset:
     setting = {"loss_function": function, "width": width, "learning_rate": rate, "amplitude": amplitude}
     return dataset.sel(setting).squeeze()
 
@@ -70,7 +70,8 @@ def test_a_point_is_every_loss_at_every_size_and_rate_of_its_loss_function(datas
     )
     assert {p.width: p.parameters for p in found} == {3: 21, 30: 183, 100: 603}
     for p, (*setting, amplitude) in zip(found, settings, strict=True):
-        mine, static = (members_of(dataset, *setting, A) for A in (amplitude, 1))
+        function, width, rate = setting
+        mine, static = (members_of(dataset, function, width, rate, A) for A in (amplitude, 1))
         sharpness = mine.hessian_max.values
         assert p.sharpness.mean == pytest.approx(sharpness.mean()) and p.sharpness.n == SEEDS
         half = stats.t.ppf(0.975, SEEDS - 1) * sharpness.std(ddof=1) / SEEDS**0.5
@@ -124,7 +125,7 @@ def test_tables_have_the_numbers(dataset):
 
 def lines_of(axes):
     """The curves, without horizontal lines."""
-    return [line for line in axes.lines if len(line.get_xdata()) == len(WIDTHS)]
+    return [line for line in axes.lines if np.size(line.get_xdata()) == len(WIDTHS)]
 
 
 def test_the_figure_shows_the_numbers_of_the_dataset(dataset, tmp_path):
@@ -172,7 +173,7 @@ def test_losses_differ_in_colour_and_filling_and_rates_in_line_style_and_marker(
         f"{loss}, η = {rate}" for loss in ("static", "A = 10, T = 50") for rate in ("0.1", "0.3", "1")
     }
     for axes, rates in zip(figure.axes[-2:], RATES.values(), strict=True):
-        heights = {float(np.asarray(line.get_ydata())[0]) for line in axes.lines if len(line.get_xdata()) == 2}
+        heights = {float(np.asarray(line.get_ydata())[0]) for line in axes.lines if np.size(line.get_xdata()) == 2}
         assert heights == {2 / rate for rate in rates}
         assert {text.get_text() for text in axes.texts} == {f"2/η,\nη = {rate:g}" for rate in rates}
         figure.canvas.draw()
