@@ -63,7 +63,7 @@ class Config:
 
     preset: PresetName = "quick"
     """quick: a first look, about two minutes on two CPU cores. paper: 20 seeds, as in the paper, and widths over two
-    decades; the rest is ours. About 50 minutes on two CPU cores."""
+    decades; the rest is ours. Within an hour on two CPU cores."""
     seeds: Annotated[int | str | None, _of_preset("N|FIRST:END")] = None
     """Members per loss: so many, or a slice, 8:16. Seed s has the same initial weights for every loss, in every run."""
     width: Annotated[tuple[int, ...] | None, _of_preset("INT [INT ...]")] = None
