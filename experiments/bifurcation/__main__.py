@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> bool:
         run.open("bifurcation", "spiral", dataclasses.asdict(config))
         with jax.enable_x64(True):
             first = spiral.tasks(
-                {"start": (config.init, config.width, None)},
+                {"start": {"init": config.init, "width": config.width}},
                 *frozen.until(config.steps),
                 amplitudes=[config.amplitude],
                 periods=[config.period],

@@ -102,7 +102,7 @@ def tasks_of(config: Config) -> list[Task]:
     """What is trained: one program."""
     every = config.period // config.cuts
     return spiral.tasks(
-        {"": (config.init, config.width, None)},
+        {"": {"init": config.init, "width": config.width}},
         config.cycle * config.period,
         config.cycle,
         {"observe": cuts.parameters, "observe_every": every, "observed_dims": cuts.DIMS, "keep_steps": False},

@@ -137,7 +137,7 @@ def spiral_diagrams(run: Session[Config]) -> xr.Dataset:
     rates, updates = parse_grid(config.learning_rates or "1", "learning-rates"), config.updates or 70_000
     with jax.enable_x64(True):
         tasks = spiral.tasks(
-            {f"width-{width}": (config.init, width, None) for width in widths},
+            {f"width-{width}": {"init": config.init, "width": width} for width in widths},
             updates,
             config.evaluations or 20,
             {"observe": spiral.curvature, "keep_steps": False},

@@ -4,6 +4,7 @@ import functools as ft
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -61,16 +62,19 @@ def members(
     loss: LossName,
     oscillation: Oscillation | None = None,
     inclusive_period: bool = True,
+    name_loss: bool = False,
 ) -> Members:
     """All networks of one initialisation and width: every learning rate with every loss and seed.
 
-    Without an `oscillation` it is the paper's, and no coordinate of the members.
+    Without an `oscillation` it is the paper's, and no coordinate of the members. The loss function is one if
+    `name_loss` says so, as where a run has several.
 
     The oscillation stops after the last whole period, of T + 1 updates as the authors count or, without an
     `inclusive_period`, of T. The paper's figure does so; for other periods it is our rule. Where not one period fits,
     it does not stop.
     """
-    settings = {"init": [init], "width": [width], "learning_rate": learning_rates}
+    settings: dict[str, Sequence[Any]] = {"loss_function": [loss]} if name_loss else {}
+    settings |= {"init": [init], "width": [width], "learning_rate": learning_rates}
     settings |= {"oscillation": [oscillation]} if oscillation else {}
     coordinates = combinations(amplitudes, periods, seeds, **settings)
     turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
@@ -96,25 +100,22 @@ def members(
 
 
 def tasks(
-    programs: Mapping[str, tuple[Init, int, Oscillation | None]],
+    programs: Mapping[str, Mapping[str, Any]],
     updates: int,
     evaluations: int,
     plan: Mapping[str, Any],
     **who: Any,
 ) -> list[Task]:
-    """A task for each program, by name: of an initialisation, a width, and what oscillates if that is not the paper's.
+    """A task for each program, by name, with what `members` takes: that of its own, and `who`, that of all.
 
-    `plan` is what the plan has besides, such as observations, and `who` what `members` takes. Chunks take two seconds
-    or less, and are as long for all networks, or they would be evaluated at different updates.
+    `plan` is what the plan has besides, such as observations. Chunks take two seconds or less, and are as long for all
+    networks, or they would be evaluated at different updates.
     """
-    trained = {
-        name: members(init, width, updates, oscillation=oscillation, **who)
-        for name, (init, width, oscillation) in programs.items()
-    }
+    trained = {name: members(updates=updates, **own, **who) for name, own in programs.items()}
     every = plan.get("observe_every") or 1
     pace = {
-        name: len(trained[name]) * cpu_seconds_per_update(width, plan.get("observe_every"))
-        for name, (_, width, _) in programs.items()
+        name: len(trained[name]) * cpu_seconds_per_update(own["width"], plan.get("observe_every"))
+        for name, own in programs.items()
     }
     target = min(2 / max(pace.values()), updates / evaluations)
     whole = Plan(updates, every * chunk_length(updates // every, target / every), evaluations, **plan)
@@ -128,27 +129,37 @@ def network(init: Init, width: int, key: Key[Array, ""]) -> MLP:
     return MLP(2, width, 3, init=weights, use_bias=init != "none", key=key)
 
 
+def num_parameters(init: Init, width: int) -> int:
+    """The number of trained parameters of that network: 6 width + 3, of which width + 3 are biases."""
+    model = eqx.filter_eval_shape(network, init, width, jr.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
 def curvature(state, loss, data) -> dict[str, jax.Array]:
     """Extreme eigenvalues at the state: of the Hessian of the loss with the step's class weights, on all data, and of
     the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper for the Hessian."""
+    _, ntk_key = jr.split(jr.fold_in(state.key, state.step))
+    ntk = landscape.ntk_spectrum(state.model, data.inputs[:NTK_POINTS], order=10, key=ntk_key)
+    return sharpness(state, loss, data) | {"ntk_max": ntk.eigenvalues[-1], "ntk_max_error": ntk.errors[-1]}
+
+
+def sharpness(state, loss, data) -> dict[str, jax.Array]:
+    """Of `curvature`, the extreme eigenvalues of the Hessian: `[]` each."""
 
     def objective(model):
         return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
 
-    hessian_key, ntk_key = jr.split(jr.fold_in(state.key, state.step))
+    hessian_key, _ = jr.split(jr.fold_in(state.key, state.step))
     hessian = landscape.hessian_spectrum(objective, state.model, order=10, key=hessian_key)
-    ntk = landscape.ntk_spectrum(state.model, data.inputs[:NTK_POINTS], order=10, key=ntk_key)
     return {
         "hessian_max": hessian.eigenvalues[-1],
         "hessian_max_error": hessian.errors[-1],
         "hessian_min": hessian.eigenvalues[0],
         "hessian_min_error": hessian.errors[0],
-        "ntk_max": ntk.eigenvalues[-1],
-        "ntk_max_error": ntk.errors[-1],
     }
 
 
-def results(tasks: Sequence[Task], measured: xr.Dataset, periods: Sequence[float], loss: LossName) -> xr.Dataset:
+def results(tasks: Sequence[Task], measured: xr.Dataset, periods: Sequence[float], *losses: LossName) -> xr.Dataset:
     """What `train` gave for some tasks, with named dimensions and what it says of the run."""
     planned = [task.plan.num_steps for task in tasks]
     weights = [task.members.class_weights(task.plan.num_steps) for task in tasks if task.plan.keep_steps]
@@ -164,7 +175,7 @@ def results(tasks: Sequence[Task], measured: xr.Dataset, periods: Sequence[float
         steps_planned=sum(planned),
         member_updates_per_second=measured.member_updates_per_second,
     )
-    return with_loss_function(unfolded, loss)
+    return with_loss_function(unfolded, *losses)
 
 
 def cpu_seconds_per_update(width: int, observe_every: int | None) -> float:

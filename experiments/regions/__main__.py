@@ -96,7 +96,7 @@ def tasks_of(config: Config) -> list[Task]:
     """What is trained: one program, evaluated as often as it is looked at."""
     plan = {"observe": regions(SIDE), "observe_every": config.updates // config.frames, "keep_steps": False}
     return spiral.tasks(
-        {"": (config.init, config.width, None)},
+        {"": {"init": config.init, "width": config.width}},
         config.updates,
         config.frames,
         plan | {"observed_dims": {"decision": ("y", "x"), "confidence": ("y", "x")}},

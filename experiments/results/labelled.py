@@ -15,8 +15,9 @@ A phase diagram has no numbers of single updates, and no dimension `step`.
 
 Where more than the loss is varied, as in the spiral experiment, all variables have leading dimensions `init`, `width`
 and `learning_rate`, and `oscillation` where another than the paper's is among them. (In a random order, `class_weights`
-are those of the first seed.) The first amplitude is 1, the static loss. It has no period: its members are trained once
-and repeated along `period`.
+are those of the first seed.) Where there are several loss functions, `loss_function` is the first
+dimension. The first amplitude is 1, the static loss. It has no period: its members are trained once and repeated along
+`period`.
 """
 
 import itertools
@@ -30,7 +31,7 @@ from . import words
 
 SPLITS = ("train", "validation")
 
-SETTINGS = ("init", "width", "learning_rate", "oscillation")  # what can be varied besides the loss
+SETTINGS = ("loss_function", "init", "width", "learning_rate", "oscillation")  # what can be varied besides the loss
 DIMENSIONS = (*SETTINGS, "amplitude", "period", "seed")  # those that members differ in
 
 _TITLES = {
@@ -61,6 +62,7 @@ _UNITS = {
     ),
     "ntk_max": ("1", "largest eigenvalue of the empirical neural tangent kernel"),
     "ntk_max_error": ("1", "error bound of ntk_max, the Ritz residual"),
+    "loss_function": ("1", "loss function that is minimised, with class weights if they oscillate"),
     "init": ("1", "initialisation"),
     "width": ("1", "units in the hidden layer"),
     "learning_rate": ("1", "learning rate η"),
@@ -157,12 +159,15 @@ def by_setting(dataset: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
 
 
 def loss_unit(dataset: xr.Dataset) -> str:
-    """The unit of a dataset's losses: nats, or none for a squared error."""
-    return "nats" if dataset.attrs.get("loss_function", "cross-entropy") == "cross-entropy" else ""
+    """The unit of a dataset's losses: nats, or none for a squared error, or for several loss functions."""
+    name = dataset.attrs.get("loss_function", "cross-entropy")
+    names = np.ravel(dataset["loss_function"]).tolist() if "loss_function" in dataset.coords else [name]
+    return "nats" if set(names) == {"cross-entropy"} else ""
 
 
-def with_loss_function(dataset: xr.Dataset, name: str) -> xr.Dataset:
-    """Says in a dataset which loss was minimised, where `unfold` has taken it for the cross-entropy."""
+def with_loss_function(dataset: xr.Dataset, *names: str) -> xr.Dataset:
+    """Says in a dataset which loss was minimised, or which ones, where `unfold` has taken it for the cross-entropy."""
+    name = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     dataset = dataset.assign_attrs(loss_function=name)
     if not loss_unit(dataset):
         dataset.loss.attrs |= {"units": "1", "long_name": f"plain {name} loss, mean over the split, no class weights"}
@@ -181,6 +186,8 @@ def _words(part: xr.Dataset, name: str) -> str:
     value = part[name].item()
     if name == "init":
         return {"paper": "paper init", "glorot": "Glorot init", "none": "no biases"}[value]
+    if name == "loss_function":
+        return value
     if name == "oscillation":
         return {"random-order": "random order", "learning-rate": "oscillating learning rate"}.get(value, str(value))
     return f"{name.replace('_', ' ')} {value:g}"

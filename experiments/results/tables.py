@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -76,12 +77,16 @@ def plain(value: object) -> object:
 
 
 def write_summary(
-    summary: Summary, dataset: xr.Dataset, directory: str | os.PathLike[str], more: Sequence[str] = ()
+    summary: Summary,
+    dataset: xr.Dataset,
+    directory: str | os.PathLike[str],
+    more: Sequence[str] = (),
+    also: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `summary.md` and `summary.json`.
 
-    `more` are lines that `summary.md` has after the tables. It begins with
-    a sentence for every loss, unless there are many: then these are in `summary.json` only.
+    `more` are lines that `summary.md` has after the tables, and `also` what `summary.json` has besides. The first
+    begins with a sentence for every loss, unless there are many: then these are in `summary.json` only.
     """
     outcomes, differences = _rows(summary)
     unit = loss_unit(dataset)
@@ -116,5 +121,6 @@ def write_summary(
         "confidence": CONFIDENCE,
         "units": {"accuracy": "fraction", "loss": unit, "period": "updates"},
         "attributes": attrs,
+        **(also or {}),
     }
     write_texts(Path(directory), file_name(dataset.attrs["dataset"], "summary"), lines, document)

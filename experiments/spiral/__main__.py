@@ -103,12 +103,12 @@ def main(arguments: list[str] | None = None) -> bool:
 def tasks_of(config: Config) -> list[Task]:
     """What is trained: a program for each initialisation and width."""
     controls = config.oscillation != ("triangle",)
-    programs: dict[str, tuple[Init, int, Oscillation | None]] = {
-        f"{init}-{width}" + (f"-{oscillation}" if oscillation != "triangle" else ""): (
-            init,
-            width,
-            oscillation if controls else None,
-        )
+    programs = {
+        f"{init}-{width}" + (f"-{oscillation}" if oscillation != "triangle" else ""): {
+            "init": init,
+            "width": width,
+            "oscillation": oscillation if controls else None,
+        }
         for init in config.init
         for width in config.width
         for oscillation in config.oscillation

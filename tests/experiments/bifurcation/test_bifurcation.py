@@ -100,8 +100,8 @@ def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(res
     """Every update of one member, from JAX's own gradient of the weighted cross-entropy."""
     config = bifurcation.Config(seeds=2, amplitude=10.0, period=20, width=6)
     (task,) = spiral.tasks(
-        {"": ("paper", 6, None)}, *frozen.until(config.steps), amplitudes=[10.0], periods=[20], seeds=range(2),
-        learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
+        {"": {"init": "paper", "width": 6}}, *frozen.until(config.steps), amplitudes=[10.0], periods=[20],
+        seeds=range(2), learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
     )  # fmt: skip
     flat = jnp.asarray(train([task]).parameters.isel(member=-1).sel(observation_step=18).values)
     _, unravel = ravel_pytree(spiral.network("paper", 6, jax.random.key(0)))

@@ -71,8 +71,8 @@ def test_looking_changes_nothing(results, x64):
         regions.Config(seeds=2, amplitude=10.0, updates=12, period=4, frames=3, shown=2, width=6)
     )
     plain = spiral.tasks(
-        {"": ("paper", 6, None)}, 12, 3, {}, amplitudes=[10.0], periods=[4.0], seeds=range(2), learning_rates=[1.0],
-        loss="cross-entropy",
+        {"": {"init": "paper", "width": 6}}, 12, 3, {}, amplitudes=[10.0], periods=[4.0], seeds=range(2),
+        learning_rates=[1.0], loss="cross-entropy",
     )  # fmt: skip
     np.testing.assert_allclose(train(plain).loss.isel(evaluation_step=-1), train([task]).loss.isel(evaluation_step=-1),
                                rtol=1e-12)  # fmt: skip
