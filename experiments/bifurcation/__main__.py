@@ -16,7 +16,7 @@ import tyro
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different, require_shown
 from ..running.session import Session
 from ..running.task import announcement
 from ..running.terminal import console, execute
@@ -66,15 +66,14 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        seeds = parse_seeds(self.seeds)
+        require_shown(self)
         require(self, ("cycle", "width", "updates"), 1, math.inf, "at least 1")
         require(self, ("num_rates",), 2, math.inf, "at least 2")
         require(self, ("last",), 16, math.inf, "at least 16 updates, in which a period of 4 can be seen")
         require(self, ("learning_rate", "rates"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
         require_different(self, ("phase",))
-        if not 1 < self.amplitude < math.inf:
-            raise UsageError(f"--amplitude must be above 1, which is the static loss, got {self.amplitude:g}.")
+        require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
         if not self.rates[0] < self.rates[1]:
             raise UsageError(f"--rates takes the lowest and the highest rate, got {self.rates[0]:g} {self.rates[1]:g}.")
         for phase in self.phase:
@@ -83,8 +82,6 @@ class Config:
                 raise UsageError(
                     f"--phase takes hundredths of the period below 1, at whole updates, such as 0.5, got {phase:g}."
                 )
-        if self.show_seed is not None and self.show_seed not in seeds:
-            raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {self.show_seed}.")
 
     @property
     def steps(self) -> list[int]:

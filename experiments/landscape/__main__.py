@@ -17,7 +17,7 @@ import xarray as xr
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_shown
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute
@@ -60,16 +60,13 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        seeds = parse_seeds(self.seeds)
+        require_shown(self)
         require(self, ("cycle", "cuts", "following", "width"), 1, math.inf, "at least 1")
         require(self, ("extent", "learning_rate"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
-        if not 1 < self.amplitude < math.inf:
-            raise UsageError(f"--amplitude must be above 1, which is the static loss, got {self.amplitude:g}.")
+        require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
         if self.period % self.cuts:
             raise UsageError(f"--cuts must be a divisor of the period of {self.period} updates, got {self.cuts}.")
-        if self.show_seed is not None and self.show_seed not in seeds:
-            raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {self.show_seed}.")
 
     @property
     def steps(self) -> range:

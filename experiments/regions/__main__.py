@@ -19,7 +19,7 @@ from eqx_dynloss.train import Dataset, TrainState
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_shown
 from ..running.session import Session
 from ..running.task import Observe, Task, announcement
 from ..running.terminal import console, execute
@@ -63,18 +63,15 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        seeds = parse_seeds(self.seeds)
+        require_shown(self)
         require(self, ("updates", "width", "frames", "shown"), 1, math.inf, "at least 1")
         require(self, ("learning_rate",), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
-        if not 1 < self.amplitude < math.inf:
-            raise UsageError(f"--amplitude must be above 1, which is the static loss, got {self.amplitude:g}.")
+        require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
         if self.updates % self.frames:
             raise UsageError(f"--frames must be a divisor of the {self.updates} updates, got {self.frames}.")
         if self.shown > self.frames:
             raise UsageError(f"--shown must be at most the number of --frames, {self.frames}, got {self.shown}.")
-        if self.show_seed is not None and self.show_seed not in seeds:
-            raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {self.show_seed}.")
 
 
 def main(arguments: list[str] | None = None) -> bool:

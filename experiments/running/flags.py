@@ -113,6 +113,13 @@ def require(config: Any, names: Sequence[str], low: float, below: float, says: s
                 raise UsageError(f"--{name.replace('_', '-')} must be {says}, got {one:g}.")
 
 
+def require_shown(config: Any) -> None:
+    """Raises a `UsageError` unless `--show-seed`, if given, is one of the `--seeds`."""
+    seeds = parse_seeds(config.seeds)
+    if config.show_seed is not None and config.show_seed not in seeds:
+        raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {config.show_seed}.")
+
+
 def require_different(config: Any, names: Sequence[str]) -> None:
     """Raises a `UsageError` unless some flags, where given, have one or more values, each once."""
     for name in names:

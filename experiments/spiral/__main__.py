@@ -19,7 +19,7 @@ from ..problems.oscillation import Oscillation
 from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different
+from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different, require_shown
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute
@@ -71,7 +71,7 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
-        seeds = parse_seeds(self.seeds)
+        require_shown(self)
         require(self, ("updates", "width"), 1, math.inf, "at least 1")
         require_different(self, ("amplitude", "period", "init", "width", "learning_rate", "oscillation"))
         require(self, ("amplitude",), 1, math.inf, "at least 1, which is the static loss")
@@ -81,8 +81,6 @@ class Config:
             raise UsageError(
                 f"--curvature must be a divisor of the {self.updates} updates, or 0, got {self.curvature}."
             )
-        if self.show_seed is not None and self.show_seed not in seeds:
-            raise UsageError(f"--show-seed must be one of the seeds {seeds[0]} to {seeds[-1]}, got {self.show_seed}.")
 
 
 def main(arguments: list[str] | None = None) -> bool:
