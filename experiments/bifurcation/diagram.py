@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..results.style import finish
 from . import thresholds
 
-_SHADES = {2: ("0.85", "period 2"), 4: ("0.7", "period 4"), 0: ("#F0C8A0", "no period"), -1: ("#D55E00", "diverges")}
+_SHADES = {2: ("0.87", "period 2"), 4: ("0.6", "period 4"), 0: ("0.25", "no period"), -1: ("#D55E00", "diverges")}
 
 
 def draw(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figure:
@@ -35,7 +35,8 @@ def draw(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figure
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
-    panels[0].legend(fontsize=8, loc="lower right", ncols=3)
+    shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=9)
     panels[-1].set_xlabel("learning rate η (units of 2/λ)")
     note = f"the last {dataset.sizes['update']} updates; the strip below says what they are"
     return finish(figure, f"Bifurcations of a frozen loss, seed {seed}", dataset, note, path)
