@@ -324,6 +324,7 @@ def plain_pytest(monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path, capsys, plain_pytest):
     write_example(tmp_path)
     file = tmp_path / "test_example.py"  # called from the project's root, where it must leave nothing

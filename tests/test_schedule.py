@@ -267,7 +267,14 @@ def test_a_square_jumps_at_exact_quarters(inclusive):
 
 @pytest.mark.parametrize("wave", WAVES)
 @pytest.mark.parametrize("inclusive", [False, True])
-@pytest.mark.parametrize("num_classes, amplitude, period, phase", [(3, 5.0, 164.0, 0.0), *HYPERPARAMETERS[:7]])
+@pytest.mark.parametrize(
+    "num_classes, amplitude, period, phase",
+    [
+        (3, 5.0, 164.0, 0.0),
+        *HYPERPARAMETERS[:3],
+        *(pytest.param(*values, marks=pytest.mark.slow) for values in HYPERPARAMETERS[3:7]),
+    ],
+)
 def test_values_do_not_depend_on_how_a_schedule_reaches_the_program(
     num_classes, amplitude, period, phase, inclusive, wave
 ):

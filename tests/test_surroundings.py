@@ -65,7 +65,7 @@ CHECKS = {"index": checkify.index_checks, "all": checkify.all_checks | checkify.
 
 
 @pytest.mark.parametrize("num_classes", [3, 100])
-@pytest.mark.parametrize("checks", CHECKS)
+@pytest.mark.parametrize("checks", [pytest.param("index", marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("name", ["integer", "plain", "options", "some classes", "soft"])
 def test_checkify_finds_nothing_wrong_and_changes_nothing(name, checks, num_classes):
     y, *args = problem(num_classes)

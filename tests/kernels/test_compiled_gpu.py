@@ -72,8 +72,10 @@ def test_value_and_gradient_compile_without_spills_or_large_temporaries(num_clas
 
 
 @pytest.mark.parametrize("options", [["label_smoothing"], ["z_loss"], ["label_smoothing", "z_loss"]], ids=" ".join)
-@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
-@pytest.mark.parametrize("num_classes", [10, 1001, 8192, 50257])
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_classes", [10, pytest.param(1001, marks=pytest.mark.slow), 8192, pytest.param(50257, marks=pytest.mark.slow)]
+)
 def test_every_option_compiles_into_the_same_one_kernel(num_classes, dtype, options):
     args = *problem((512,), num_classes, dtype), jax.ShapeDtypeStruct((512,), jnp.bool_)
     masked = lambda x, y, w, mask: loss(x, y, w, where=mask, **dict.fromkeys(options, 0.1))
