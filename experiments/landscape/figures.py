@@ -28,7 +28,7 @@ def lines(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figur
     """Writes a PNG. Above: the loss along the leading eigenvector at every step, one seed, static loss and dynamical
     one, with the parabola of slope and eigenvalue. Below: lowest loss, width and sharpness of the valley over the
     period, every seed a thin line."""
-    both = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))
+    both = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))[:2]  # of merged runs the first amplitude
     figure = Figure(figsize=(11, 9.5), dpi=150, layout="constrained")
     axes = figure.subplot_mosaic("aaabbb;ccddee", height_ratios=(1.45, 1))
     seen = np.concatenate([members.sel(seed=seed).loss_along.values.ravel() for members in both])
@@ -76,7 +76,7 @@ def _cuts(axes: Axes, member: xr.Dataset) -> None:
 def planes(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figure:
     """Writes a PNG: for every step a panel with the loss of the dynamical one's network in the plane of the two leading
     eigenvectors, and the updates that follow, projected into it."""
-    member = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))[-1].sel(seed=seed)
+    member = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))[1].sel(seed=seed)
     count = member.sizes["observation_step"]
     columns = min(4, count)
     rows = -(-count // columns)

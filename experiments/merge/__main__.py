@@ -32,7 +32,7 @@ class Config:
     runs: tyro.conf.Positional[
         Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
     ]
-    """Directories of finished runs of one command, cifar, spiral, phase or sizes, or of what was merged before."""
+    """Directories of finished runs of one command, all but bifurcation and compare, or of what was merged before."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A new or empty directory for the whole. It is there with everything in it, or not at all."""
 

@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> bool:
             measured = train(tasks, **run.checkpoints).assign_coords(x=SIDE, y=SIDE)
             results = spiral.results(tasks, measured, [config.period], "cross-entropy")
         if run.save(results):
-            console.print(f"{write_outputs(results, run.directory, config)}: {run.directory}")
+            how = config.show_seed, config.shown, config.animation
+            console.print(f"{write_outputs(results, run.directory, *how)}: {run.directory}")
     return run.finished
 
 
@@ -118,7 +119,13 @@ def regions(side: Float[np.ndarray, " side"]) -> Observe:
     return observe
 
 
-def write_outputs(results: xr.Dataset, directory: Path, config: Config) -> str:
+def write_outputs(
+    results: xr.Dataset,
+    directory: Path,
+    show_seed: int | None = None,
+    shown: int = Config.shown,
+    animation: bool = False,
+) -> str:
     """Writes what is to be read and looked at, prints the table, and returns what there is now, in words."""
     # Here: what only the end needs takes seconds to import.
     from ..results import summary, tables
@@ -126,13 +133,13 @@ def write_outputs(results: xr.Dataset, directory: Path, config: Config) -> str:
 
     summarised = summary.summarise(results)
     tables.write_summary(summarised, results, directory)
-    seed = int(results.seed[0]) if config.show_seed is None else config.show_seed
-    figures.regions(results, seed, config.shown, directory / "regions.png")
-    if config.animation:
+    seed = int(results.seed[0]) if show_seed is None else show_seed
+    figures.regions(results, seed, min(shown, results.sizes["observation_step"]), directory / "regions.png")
+    if animation:
         figures.animation(results, seed, directory / "regions.gif")
     for printed in tables.to_print(summarised):
         console.print(printed)
-    return f"Results, summary and {'figure and animation' if config.animation else 'figure'}"
+    return f"Results, summary and {'figure and animation' if animation else 'figure'}"
 
 
 if __name__ == "__main__":

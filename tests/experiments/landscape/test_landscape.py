@@ -144,6 +144,19 @@ def test_an_interrupted_run_goes_on(results, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_amplitudes_can_be_merged(results, tmp_path):
+    from experiments.merge import __main__ as merge
+
+    for amplitude in ("10", "20"):
+        assert command(*FLAGS, "--amplitude", amplitude, "--out", amplitude) == 0
+    assert run_command(merge.main, "10", "20", "--out", "all") == 0
+    assert {p.name for p in (tmp_path / "all").iterdir() if p.is_file()} == FILES
+    assert "## Network of A = 20, T = 12" in (tmp_path / "all" / "summary.md").read_text()
+    found = files.load(tmp_path / "all" / "results.nc").squeeze(["init", "width", "learning_rate"])
+    in_order = lambda dataset: dataset.transpose(*results.dims)
+    xr.testing.assert_equal(in_order(found.sel(amplitude=[1, 10])), in_order(results))
+
+
 @pytest.mark.parametrize("flags, part", [
     ("--amplitude 1", "--amplitude must be above 1, which is the static loss, got 1"),
     ("--amplitude inf", "--amplitude must be above 1"),

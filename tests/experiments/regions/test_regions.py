@@ -89,6 +89,17 @@ def test_an_interrupted_run_shows_what_it_has_and_goes_on(results, tmp_path, mon
     xr.testing.assert_equal(found, results)
 
 
+def test_slices_of_the_seeds_become_the_run(results, tmp_path):
+    from experiments.merge import __main__ as merge
+
+    for seeds in ("0:1", "1:2"):
+        assert command(*FLAGS, "--seeds", seeds, "--out", seeds) == 0
+    assert run_command(merge.main, "0:1", "1:2", "--out", "all") == 0
+    found = files.load(tmp_path / "all" / "results.nc").squeeze(["init", "width", "learning_rate"])
+    xr.testing.assert_equal(found, results)
+    assert found.decision.dtype == results.decision.dtype and (tmp_path / "all" / "regions.png").exists()
+
+
 def test_a_network_that_never_came_to_a_step_is_white(results, tmp_path):
     gone = results.assign(
         decision=xr.full_like(results.decision, -1), confidence=xr.full_like(results.confidence, jnp.nan)
