@@ -74,8 +74,11 @@ class Config:
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
         require_different(self, ("phase",))
         require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
-        if not self.rates[0] < self.rates[1]:
-            raise UsageError(f"--rates takes the lowest and the highest rate, got {self.rates[0]:g} {self.rates[1]:g}.")
+        if not (self.rates[1] - self.rates[0]) / (self.num_rates - 1) >= 1e-5:
+            raise UsageError(
+                "--rates takes the lowest and the highest rate, with steps of at least 0.00001 between "
+                f"--num-rates, got {self.rates[0]:g} {self.rates[1]:g}."
+            )
         for phase in self.phase:
             at = phase * self.period
             if not 0 <= phase < 1 or abs(100 * phase - round(100 * phase)) > 1e-9 or abs(at - round(at)) > 1e-6:
@@ -97,7 +100,7 @@ def main(arguments: list[str] | None = None) -> bool:
         with jax.enable_x64(True):
             first = spiral.tasks(
                 {"start": {"init": config.init, "width": config.width}},
-                *frozen.until(config.steps),
+                *frozen.until(config.steps, config.cycle * config.period),
                 amplitudes=[config.amplitude],
                 periods=[config.period],
                 seeds=parse_seeds(config.seeds),
@@ -110,6 +113,8 @@ def main(arguments: list[str] | None = None) -> bool:
             if not started.finished:
                 raise KeyboardInterrupt
             starts = frozen.starts(first[0], started, config.steps)
+            if not starts:
+                raise UsageError("no network has an edge of stability: all diverged, or have no positive eigenvalue.")
             task = frozen.sweep(first[0], starts, config.rates, config.num_rates, config.updates, config.last)
             work = f"{task.plan.num_steps:,} updates with a frozen loss"
             console.print(f"{len(task.members):,} members = {len(starts)} networks x {config.num_rates} rates | {work}")

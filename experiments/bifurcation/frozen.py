@@ -38,11 +38,12 @@ class Start:
     hessian_max: float  # of the frozen loss
 
 
-def until(steps: Sequence[int]) -> tuple[int, int, dict[str, Any]]:
-    """How long to train, how often to evaluate, and what else the plan has, to observe what `starts` needs."""
-    every = math.gcd(*steps) or 1
+def until(steps: Sequence[int], end: int) -> tuple[int, int, dict[str, Any]]:
+    """How long to train, how often to evaluate, and what else the plan has, to observe what `starts` needs. The end is
+    that of the period, or the oscillation would stop before it."""
+    every = math.gcd(*steps, end)
     plan = {"observe": whereabouts, "observe_every": every, "observed_dims": {"parameters": ("parameter",)}}
-    return max(steps) + every, 1, plan | {"keep_steps": False}
+    return end, 1, plan | {"keep_steps": False}
 
 
 def whereabouts(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
@@ -62,7 +63,7 @@ def curvature(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str
 
 def starts(task: Task, measured: xr.Dataset, steps: Sequence[int]) -> list[Start]:
     """Every seed's network of the static loss at the first step, and that of the dynamical one at all, each with the
-    weights that its loss has there. Those that have diverged are left out."""
+    weights that its loss has there. Those that have diverged, or have no positive eigenvalue, are left out."""
     found = []
     for member in range(len(task.members)):
         own = {name: values[member] for name, values in task.members.coordinates.items()}
@@ -71,7 +72,7 @@ def starts(task: Task, measured: xr.Dataset, steps: Sequence[int]) -> list[Start
         for step in steps[:1] if static else steps:
             seen = measured.isel(member=member).sel(observation_step=step)
             name = "static" if static else f"{step % own['period'] / own['period']:g} T"
-            if np.isfinite(seen.hessian_max):
+            if np.isfinite(seen.hessian_max) and seen.hessian_max > 0:
                 weights, flat = np.asarray(schedule(step)), seen.parameters.values
                 found.append(Start(name, int(own["seed"]), weights, flat, float(seen.hessian_max)))
     return found

@@ -50,7 +50,8 @@ def onsets(dataset: xr.Dataset) -> dict[str, dict[str, Estimate]]:
         part = part.squeeze("frozen")
         seen = behaviour(part.final_loss.values, part.initial_loss.values)
         by_seed = {int(s): onset(part.multiple.values, row) for s, row in zip(part.seed, seen, strict=True)}
-        trained = [seed for seed in by_seed if np.isfinite(part.hessian_max.sel(seed=seed))]
+        begun = np.isfinite(part.initial_loss).any("multiple") & np.isfinite(part.hessian_max)
+        trained = [seed for seed in by_seed if begun.sel(seed=seed)]
         found[str(name)] = {
             event: Estimate.of({s: by_seed[s][event] for s in trained if np.isfinite(by_seed[s][event])})
             for event in NAMES
@@ -75,6 +76,9 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
     """Writes `summary.md` and `summary.json`, and returns what they say, in sentences."""
     found, count = onsets(dataset), dataset.sizes["seed"]
     rows, sentences = [], []
+    if dataset.attrs["finished"] != "true":
+        done = dataset.attrs["steps_done"]
+        sentences.append(f"INTERRUPTED after {done:,} updates: these are numbers of an unfinished sweep.")
     for name, events in found.items():
         largest = dataset.hessian_max.sel(frozen=name).values
         edge = Estimate.of({i: 2 / v for i, v in enumerate(largest) if np.isfinite(v)})

@@ -26,7 +26,7 @@ from ..results.tables import plain
 
 MOST_ROWS = 30  # of the table in the terminal
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.
-_WITHOUT_EFFECT = ("run", "made_by", "data_dir", "show_seed")
+_WITHOUT_EFFECT = ("run", "made_by", "data_dir", "show_seed", "shown", "animation")
 _ATTRIBUTES = (
     *("dataset", "source", "steps_planned", "steps_per_epoch", "device", "git_commit"),
     *("python", *PACKAGES, "platform"),

@@ -61,6 +61,11 @@ class Config:
 
     def __post_init__(self):
         require_shown(self)
+        if self.cuts >= 1 and self.period % self.cuts == 0 and self.following > self.period // self.cuts:
+            raise UsageError(
+                f"--following must be at most the {self.period // self.cuts} updates from one cut to the next, "
+                f"got {self.following}."
+            )
         require(self, ("cycle", "cuts", "following", "width"), 1, math.inf, "at least 1")
         require(self, ("extent", "learning_rate"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")

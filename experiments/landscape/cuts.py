@@ -50,7 +50,8 @@ def look(distances: Float[np.ndarray, " distances"], in_plane: Float[np.ndarray,
     With the two leading eigenvectors v₁, v₂ of the Hessian, by `DIMS`: `loss_here`; their `eigenvalue` and its
     error; the `slope` of the loss along them, per ‖θ‖; `norm`, ‖θ‖; `loss_along`, at θ + d‖θ‖v₁; `loss_in_plane`, at
     θ + ‖θ‖(d₁v₁ + d₂v₂); and of as many updates as are `following`, while the loss goes on changing, the `trajectory`
-    in the plane, and how far the network has `moved` in all directions, both per ‖θ‖. Of an eigenvector and its
+    in the plane, from 0 on, and how far the network has `moved` in all directions, both per ‖θ‖; and `share_in_plane`,
+    how much of the squared lengths of these updates lies in the plane. Of an eigenvector and its
     negative, the one towards which the loss is lower at the end of the cut is taken.
     """
     line = jnp.stack([jnp.asarray(distances), jnp.zeros(len(distances))], 1)
@@ -75,13 +76,12 @@ def look(distances: Float[np.ndarray, " distances"], in_plane: Float[np.ndarray,
             one = lambda place: objective(unravel(flat + norm * place @ directions))
             return jax.lax.map(one, places.reshape(-1, 2), batch_size=_AT_ONCE).reshape(places.shape[:-1])
 
-        def whereabouts(state, loss, data):
-            moved = (ravel_pytree(state.model)[0] - flat) / norm
-            return {"trajectory": directions @ moved, "moved": jnp.linalg.norm(moved)}
-
-        went = train.train_chunk(
-            state, loss, spiral.OPTIMISER, data, num_steps=following, observe=whereabouts, observe_every=1
+        # Seen before each update: one more than are followed.
+        whereabouts = lambda state, loss, data: (ravel_pytree(state.model)[0] - flat) / norm
+        path = train.train_chunk(
+            state, loss, spiral.OPTIMISER, data, num_steps=following + 1, observe=whereabouts, observe_every=1
         )[2]
+        updates = jnp.diff(path, axis=0)
         return {
             "loss_here": value,
             "eigenvalue": spectrum.eigenvalues[-2:][::-1],
@@ -90,7 +90,9 @@ def look(distances: Float[np.ndarray, " distances"], in_plane: Float[np.ndarray,
             "norm": norm,
             "loss_along": at(line),
             "loss_in_plane": at(plane),
-            **went,
+            "trajectory": path @ directions.T,
+            "moved": jnp.linalg.norm(path, axis=1),
+            "share_in_plane": jnp.sum((updates @ directions.T) ** 2) / jnp.sum(updates**2),
         }
 
     return observe
@@ -123,7 +125,11 @@ def take(
         found.append(xr.Dataset({name: (("member", *DIMS.get(name, ())), values) for name, values in seen.items()}))
         tell(step)
     cuts = xr.concat(found, "observation_step").assign_coords(
-        distance=distances, distance_in_plane=in_plane, second=in_plane, direction=[1, 2], update=np.arange(following)
+        distance=distances,
+        distance_in_plane=in_plane,
+        second=in_plane,
+        direction=[1, 2],
+        update=np.arange(following + 1),
     )
     return measured.merge(cuts.assign_coords(observation_step=list(steps)), join="exact")
 

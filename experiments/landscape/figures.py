@@ -97,18 +97,12 @@ def planes(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figu
         first, second = cut.trajectory.transpose("direction", "update").values
         axes.plot(first, second, color="#D55E00", linewidth=0.8, marker=".", markersize=3)
         axes.plot(first[:1], second[:1], color="white", marker="o", markersize=5, markeredgecolor="#D55E00")
-        share = _share(cut)
+        share = float(cut.share_in_plane)
         text = f"{phase:.3g} T: loss {float(cut.loss_here):.3g}"
         axes.set_title(text + (f", {100 * share:.0f} % in the plane" if np.isfinite(share) else ""), fontsize=9)
     figure.supxlabel("distance along v₁ (norms ‖θ‖ of the parameters)")
     figure.supylabel("distance along v₂ (‖θ‖)")
     if shades is not None:
         figure.colorbar(shades, ax=panels, label="loss (nats)", shrink=0.8, format="%.3g")
-    note = f"line: the {member.sizes['update']} updates that follow, from the circle on; % of their squared distance"
+    note = f"line: the {member.sizes['update'] - 1} updates that follow, from the circle on; % of their squared lengths"
     return finish(figure, f"{loss_name(member)}, seed {seed}, two leading eigenvectors", dataset, note, path)
-
-
-def _share(cut: xr.Dataset) -> float:
-    """How much of the squared distance to where the following updates lead lies in the plane, at the last of them."""
-    in_plane, moved = (cut.trajectory.isel(update=-1) ** 2).sum(), float(cut.moved.isel(update=-1)) ** 2
-    return float(in_plane) / moved if moved else np.nan

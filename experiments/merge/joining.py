@@ -17,7 +17,8 @@ from ..running.flags import words
 
 _JOINED = ("seed", "amplitude", "period")
 _CELLS = ("amplitude", "period", "amplitudes", "periods")  # as the commands call them
-_FREE = ("seeds", *_CELLS, "run", "made_by", "data_dir", "show_seed", "wave")  # settings that may differ
+# Settings that may differ.
+_FREE = ("seeds", *_CELLS, "run", "made_by", "data_dir", "show_seed", "shown", "animation", "wave")
 _SAME = ("dataset", "loss_function", "compute_dtype", "momentum", "steps_planned", "steps_per_epoch")
 _VERSIONS = ("git_commit", *PACKAGES, *(f"resumed_with_{name}" for name in ("git_commit", *PACKAGES)))
 _OF_EACH = ("device", "platform", "python", "source")  # that may differ, and are all named

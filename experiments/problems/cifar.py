@@ -77,6 +77,10 @@ class Problem:
         except ValueError as error:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
+        if oscillation == "learning-rate" and any(T < 2 or T % 1 for T in periods):
+            raise UsageError("--oscillation learning-rate takes periods of whole steps, 2 or more, such as 1ep.")
+        if oscillation == "learning-rate" and plan.get("observe"):
+            raise UsageError("--oscillation learning-rate has no single edge of stability: pass --curvature 0.")
         stops = np.full(len(turns), stop)
         schedule = oscillating(
             oscillation,

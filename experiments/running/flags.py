@@ -17,7 +17,7 @@ from .errors import UsageError
 _Config = TypeVar("_Config")
 Seeds = Annotated[int | str, tyro.conf.arg(metavar="N|FIRST:END")]
 LEAST = 1e-300  # of a positive number
-_FREE = ("run", "data_dir", "show_seed")  # may differ when a run is resumed
+_FREE = ("run", "data_dir", "show_seed", "shown", "animation")  # may differ when a run is resumed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(res
     """Every update of one member, from JAX's own gradient of the weighted cross-entropy."""
     config = bifurcation.Config(seeds=2, amplitude=10.0, period=20, width=6)
     (task,) = spiral.tasks(
-        {"": {"init": "paper", "width": 6}}, *frozen.until(config.steps), amplitudes=[10.0], periods=[20],
+        {"": {"init": "paper", "width": 6}}, *frozen.until(config.steps, 20), amplitudes=[10.0], periods=[20],
         seeds=range(2), learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
     )  # fmt: skip
     flat = jnp.asarray(train([task]).parameters.isel(member=-1).sel(observation_step=18).values)
@@ -128,6 +128,29 @@ def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(res
         np.testing.assert_allclose(one.final_hessian_max, np.linalg.eigvalsh(hessian(x))[-1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("cycle, phases", [(2, (0.5, 0.6)), (3, (0.1, 0.3)), (5, (0.25, 0.5)), (1, (0.0,))])
+def test_the_oscillation_goes_on_until_it_is_frozen(cycle, phases, x64):
+    """Whatever the phases: the weights are those of the phase, by the formula."""
+    config = bifurcation.Config(cycle=cycle, phase=phases, width=4, seeds=1)
+    (task,) = spiral.tasks(
+        {"": {"init": "paper", "width": 4}}, *frozen.until(config.steps, cycle * 5000), amplitudes=[70.0],
+        periods=[5000], seeds=[0], learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
+    )  # fmt: skip
+    schedule = jax.tree.map(lambda leaf: leaf[-1], task.members.losses.schedule)
+    for step, phase in zip(config.steps, phases, strict=True):
+        raw = np.ones(3)
+        raw[(cycle - 1) % 3] += 2 * 69 * min(phase, 1 - phase)
+        np.testing.assert_allclose(schedule(step), 3 * raw / raw.sum(), rtol=1e-9)
+        assert task.plan.num_steps > step and step % (task.plan.observe_every or 1) == 0
+
+
+def test_an_unfinished_sweep_says_so_and_counts_no_network_that_never_began(results, tmp_path):
+    cut = results.assign_attrs(finished="false", steps_done=9)
+    cut = cut.where(cut.seed == 0).assign(hessian_max=results.hessian_max, diverged_at=results.diverged_at)
+    assert thresholds.write(cut, tmp_path)[0].startswith("INTERRUPTED after 9 updates")
+    assert all(e.n <= 1 for events in thresholds.onsets(cut).values() for e in events.values())
+
+
 def test_the_static_loss_goes_on_with_all_weights_1(results):
     assert results.frozen.values.tolist() == ["static", "0.5 T", "0.9 T"]
     assert results.sizes == {"frozen": 3, "seed": 2, "multiple": 3, "update": 16}
@@ -146,7 +169,8 @@ def test_an_interrupted_run_goes_on(results, chunks, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("flags, part", [
     ("--amplitude 1", "--amplitude must be above 1, which is the static loss, got 1"),
-    ("--rates 2 1", "--rates takes the lowest and the highest rate, got 2 1"),
+    ("--rates 2 1", "--rates takes the lowest and the highest rate"),
+    ("--rates 1 1.00001", "--rates takes the lowest and the highest rate, with steps of at least 0.00001"),
     ("--rates 0 1", "--rates must be a positive number"),
     ("--num-rates 1", "--num-rates must be at least 2"),
     ("--last 15", "--last must be at least 16 updates"),

@@ -20,7 +20,7 @@ from experiments.running.training import train
 
 from ..synthetic import interrupt_after, run_command
 
-FLAGS = "--seeds 2 --amplitude 10 --period 12 --cycle 2 --cuts 4 --following 4 --width 6".split()
+FLAGS = "--seeds 2 --amplitude 10 --period 12 --cycle 2 --cuts 4 --following 3 --width 6".split()
 STEPS = [12, 15, 18, 21]
 FILES = {"results.nc", "summary.md", "summary.json", "config.json", "lines.png", "planes.png"}
 
@@ -97,12 +97,13 @@ def test_the_trajectory_is_that_of_the_training(results):
             assert float(cut.moved[0]) == 0 and np.all(cut.trajectory[0] == 0)
             moved = np.linalg.norm(after - before) / np.linalg.norm(before)
             np.testing.assert_allclose(cut.moved[3], moved, rtol=1e-9)
+            assert 0 <= cut.share_in_plane <= 1 and cut.sizes["update"] == 4
             assert np.all(np.hypot(*cut.trajectory.values.T) <= cut.moved.values * (1 + 1e-9))
 
 
 def test_it_is_the_training_of_the_spiral_with_the_exact_period(results):
     """Weights of 1 before a turn, at the peak in its middle, and the same networks as in a run without cuts."""
-    config = landscape.Config(seeds=2, amplitude=10.0, period=12, cycle=2, cuts=4, following=4, width=6)
+    config = landscape.Config(seeds=2, amplitude=10.0, period=12, cycle=2, cuts=4, following=3, width=6)
     with jax.enable_x64(True):
         (task,) = landscape.tasks_of(config)
         weights = jax.vmap(lambda schedule: schedule(18))(task.members.losses.schedule)
@@ -164,6 +165,7 @@ def test_amplitudes_can_be_merged(results, tmp_path):
     ("--cuts 0", "--cuts must be at least 1"),
     ("--cycle 0", "--cycle must be at least 1"),
     ("--following 0", "--following must be at least 1"),
+    ("--following 4", "--following must be at most the 3 updates from one cut to the next, got 4"),
     ("--extent 0", "--extent must be a positive number"),
     ("--extent nan", "--extent must be a positive number"),
     ("--period 1", "--period must be at least 2 updates"),
