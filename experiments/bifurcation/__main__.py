@@ -16,9 +16,9 @@ import tyro
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different, require_shown
+from ..running.flags import LEAST, RunFlags, Seeds, ShownSeed, parse_seeds, require, require_different, require_shown
 from ..running.session import Session
-from ..running.task import announcement
+from ..running.task import Task, announcement
 from ..running.terminal import console, execute
 from ..running.training import train
 from . import frozen
@@ -61,7 +61,7 @@ class Config:
     """Units in the hidden layer."""
     learning_rate: float = 1.0
     """The learning rate until the loss is frozen."""
-    show_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")] = None
+    show_seed: ShownSeed = None
     """The seed that is drawn."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
@@ -98,24 +98,15 @@ def main(arguments: list[str] | None = None) -> bool:
         config = run.config
         run.open("bifurcation", "spiral", dataclasses.asdict(config))
         with jax.enable_x64(True):
-            first = spiral.tasks(
-                {"start": {"init": config.init, "width": config.width}},
-                *frozen.until(config.steps, config.cycle * config.period),
-                amplitudes=[config.amplitude],
-                periods=[config.period],
-                seeds=parse_seeds(config.seeds),
-                learning_rates=[config.learning_rate],
-                loss="cross-entropy",
-                inclusive_period=False,
-            )
-            console.print(announcement(first, f"{first[0].plan.num_steps:,} updates | the spiral | float64"))
+            (begun,) = first = tasks_of(config)
+            console.print(announcement(first, f"{begun.plan.num_steps:,} updates | the spiral | float64"))
             started = train(first, **run.checkpoints)
             if not started.finished:
                 raise KeyboardInterrupt
-            starts = frozen.starts(first[0], started, config.steps)
+            starts = frozen.starts(begun, started, config.steps)
             if not starts:
                 raise UsageError("no network has an edge of stability: all diverged, or have no positive eigenvalue.")
-            task = frozen.sweep(first[0], starts, config.rates, config.num_rates, config.updates, config.last)
+            task = frozen.sweep(begun, starts, config.rates, config.num_rates, config.updates, config.last)
             work = f"{task.plan.num_steps:,} updates with a frozen loss"
             console.print(f"{len(task.members):,} members = {len(starts)} networks x {config.num_rates} rates | {work}")
             measured = train([task], **run.checkpoints)
@@ -124,6 +115,25 @@ def main(arguments: list[str] | None = None) -> bool:
         if run.save(results):
             console.print(f"{write_outputs(results, run.directory, config.show_seed)}: {run.directory}")
     return run.finished
+
+
+def tasks_of(config: Config) -> list[Task]:
+    """What is trained until the loss is frozen, and on to the end of that period: the oscillation would stop before it
+    in a shorter training."""
+    end = config.cycle * config.period
+    plan = {"observe": frozen.whereabouts, "observe_every": math.gcd(*config.steps, end)}
+    return spiral.tasks(
+        {"start": {"init": config.init, "width": config.width}},
+        end,
+        1,
+        plan | {"observed_dims": {"parameters": ("parameter",)}, "keep_steps": False},
+        amplitudes=[config.amplitude],
+        periods=[config.period],
+        seeds=parse_seeds(config.seeds),
+        learning_rates=[config.learning_rate],
+        loss="cross-entropy",
+        inclusive_period=False,
+    )
 
 
 def write_outputs(results, directory: Path, show_seed: int | None = None) -> str:

@@ -1,12 +1,9 @@
 """Networks that go on with a frozen loss: where they start, and at which learning rates."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
@@ -38,14 +35,6 @@ class Start:
     hessian_max: float  # of the frozen loss
 
 
-def until(steps: Sequence[int], end: int) -> tuple[int, int, dict[str, Any]]:
-    """How long to train, how often to evaluate, and what else the plan has, to observe what `starts` needs. The end is
-    that of the period, or the oscillation would stop before it."""
-    every = math.gcd(*steps, end)
-    plan = {"observe": whereabouts, "observe_every": every, "observed_dims": {"parameters": ("parameter",)}}
-    return end, 1, plan | {"keep_steps": False}
-
-
 def whereabouts(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
     """Observes the flat parameters, and the `curvature`."""
     return {"parameters": ravel_pytree(state.model)[0]} | curvature(state, loss, data)
@@ -53,11 +42,8 @@ def whereabouts(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[s
 
 def curvature(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
     """Observes the largest Hessian eigenvalue of the loss with the step's weights, on all data."""
-
-    def objective(model):
-        return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
-
-    spectrum = landscape.hessian_spectrum(objective, state.model, order=ORDER, key=jr.fold_in(state.key, state.step))
+    objective, key = spiral.objective(state, loss, data), jr.fold_in(state.key, state.step)
+    spectrum = landscape.hessian_spectrum(objective, state.model, order=ORDER, key=key)
     return {"hessian_max": spectrum.eigenvalues[-1]}
 
 
@@ -86,16 +72,13 @@ def sweep(
     which, multiple = (a.ravel() for a in np.meshgrid(range(len(starts)), multiples, indexing="ij"))
     each = [starts[int(i)] for i in which]
     of_start: Callable[[str], np.ndarray] = lambda name: np.array([getattr(start, name) for start in each])
-    _, unravel = ravel_pytree(task.members.make_model(jr.key(0)))
-    learning_rate = multiple * 2 / of_start("hessian_max")
     members = Members(
         make_model=task.members.make_model,
         optimiser=spiral.OPTIMISER,
         losses=DynamicalLoss(StaticWeights(of_start("weights")), task.members.losses.base),
         coordinates={"frozen": of_start("name"), "seed": of_start("seed"), "multiple": multiple},
-        hyperparams={"learning_rate": learning_rate},
-        models=jax.vmap(unravel)(jnp.asarray(of_start("parameters"))),
-    )
+        hyperparams={"learning_rate": multiple * 2 / of_start("hessian_max")},
+    ).with_parameters(of_start("parameters"))
     plan = Plan(updates + last, chunk_length(updates + last, (updates + last) / 8), 1, observe=curvature)
     return Task("frozen", members, task.data, task.splits, plan)
 

@@ -45,31 +45,24 @@ def onset(multiples: Float[np.ndarray, " rates"], seen: Int[np.ndarray, " rates"
 
 def onsets(dataset: xr.Dataset) -> dict[str, dict[str, Estimate]]:
     """By frozen loss and name: the onset over seeds, in units of 2/λ."""
-    found: dict[str, dict[str, Estimate]] = {}
-    for name, part in dataset.groupby("frozen", squeeze=False):
-        part = part.squeeze("frozen")
-        seen = behaviour(part.final_loss.values, part.initial_loss.values)
-        by_seed = {int(s): onset(part.multiple.values, row) for s, row in zip(part.seed, seen, strict=True)}
-        begun = np.isfinite(part.initial_loss).any("multiple") & np.isfinite(part.hessian_max)
-        trained = [seed for seed in by_seed if begun.sel(seed=seed)]
-        found[str(name)] = {
-            event: Estimate.of({s: by_seed[s][event] for s in trained if np.isfinite(by_seed[s][event])})
-            for event in NAMES
-        }
-    return {name: found[name] for name in dataset.frozen.values.tolist()}
+    found = {}
+    for name in dataset.frozen.values.tolist():
+        part = dataset.sel(frozen=name)
+        begun = (np.isfinite(part.initial_loss).any("multiple") & np.isfinite(part.hessian_max)).values
+        seeds, seen = part.seed.values[begun], behaviour(part.final_loss.values, part.initial_loss.values)[begun]
+        by_seed = [onset(part.multiple.values, row) for row in seen]
+        found[name] = {event: Estimate.of_finite(seeds, [one[event] for one in by_seed]) for event in NAMES}
+    return found
 
 
 def ratio_at_onset(part: xr.Dataset) -> Estimate:
     """Of one frozen loss: η in units of 2/λ with the λ after the last update, at the lowest rate of period 2. Only of
     seeds that are still at the rate below, where the onset is seen."""
-    seen, found = behaviour(part.final_loss.values, part.initial_loss.values), {}
-    for k, seed in enumerate(part.seed.values.tolist()):
-        (at,) = np.nonzero(seen[k] == 2)
-        if at.size and at[0] > 0:
-            here = part.isel(seed=k, multiple=at[0])
-            ratio = float(here.multiple * here.final_hessian_max / here.hessian_max)
-            found |= {seed: ratio} if np.isfinite(ratio) else {}
-    return Estimate.of(found)
+    alternates = behaviour(part.final_loss.values, part.initial_loss.values) == 2
+    first = alternates.argmax(1)  # 0 also where none does
+    ratio = (part.multiple * part.final_hessian_max / part.hessian_max).transpose("seed", "multiple").values
+    at_onset = ratio[np.arange(len(first)), first]
+    return Estimate.of_finite(part.seed.values, np.where(first > 0, at_onset, np.nan))
 
 
 def write(dataset: xr.Dataset, directory: Path) -> list[str]:
@@ -80,9 +73,8 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
         done = dataset.attrs["steps_done"]
         sentences.append(f"INTERRUPTED after {done:,} updates: these are numbers of an unfinished sweep.")
     for name, events in found.items():
-        largest = dataset.hessian_max.sel(frozen=name).values
-        edge = Estimate.of({i: 2 / v for i, v in enumerate(largest) if np.isfinite(v)})
-        edges = ratio_at_onset(dataset.sel(frozen=name))
+        part = dataset.sel(frozen=name)
+        edge, edges = Estimate.of_finite(part.seed.values, 2 / part.hessian_max.values), ratio_at_onset(part)
         cells = [f"{e.spread(1, 2)} ({e.n}/{count})" if e.n else f"not seen (0/{count})" for e in events.values()]
         rows.append([name, edge.spread(1, 3), *cells, edges.spread(1, 3)])
         seen = [f"{NAMES[n]} from {e.spread(1, 2)}{_interval(e)} ({e.n} of {count} seeds)"

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import tyro
@@ -17,7 +16,7 @@ import xarray as xr
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_shown
+from ..running.flags import LEAST, RunFlags, Seeds, ShownSeed, parse_seeds, require, require_shown
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute
@@ -55,23 +54,23 @@ class Config:
     """Units in the hidden layer."""
     learning_rate: float = 1.0
     """The constant learning rate."""
-    show_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")] = None
+    show_seed: ShownSeed = None
     """The seed whose landscapes are drawn."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
     def __post_init__(self):
         require_shown(self)
-        if self.cuts >= 1 and self.period % self.cuts == 0 and self.following > self.period // self.cuts:
-            raise UsageError(
-                f"--following must be at most the {self.period // self.cuts} updates from one cut to the next, "
-                f"got {self.following}."
-            )
         require(self, ("cycle", "cuts", "following", "width"), 1, math.inf, "at least 1")
         require(self, ("extent", "learning_rate"), LEAST, math.inf, "a positive number")
         require(self, ("period",), 2, math.inf, "at least 2 updates, shorter ones have no peak")
         require(self, ("amplitude",), math.nextafter(1, 2), math.inf, "above 1, which is the static loss")
         if self.period % self.cuts:
             raise UsageError(f"--cuts must be a divisor of the period of {self.period} updates, got {self.cuts}.")
+        apart = self.period // self.cuts
+        if self.following > apart:
+            raise UsageError(
+                f"--following must be at most the {apart} updates from one cut to the next, got {self.following}."
+            )
 
     @property
     def steps(self) -> range:

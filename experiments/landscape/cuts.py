@@ -4,7 +4,6 @@ All lengths are in units of the norm of a network's parameters, and the directio
 ("filter-free"): what a cut shows of the curvature is the eigenvalue. Both are choices of ours.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -59,11 +58,7 @@ def look(distances: Float[np.ndarray, " distances"], in_plane: Float[np.ndarray,
 
     def observe(state: TrainState, loss: DynamicalLoss, data: Dataset) -> dict[str, Array]:
         flat, unravel = ravel_pytree(state.model)
-        norm = jnp.linalg.norm(flat)
-
-        def objective(model):
-            return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
-
+        norm, objective = jnp.linalg.norm(flat), spiral.objective(state, loss, data)
         key = jr.fold_in(state.key, state.step)
         spectrum = landscape.hessian_spectrum(objective, state.model, order=ORDER, vectors=2, key=key)
         far = jnp.asarray(distances[-1])
@@ -114,11 +109,9 @@ def take(
     """
     distances, in_plane = np.linspace(-extent, extent, 81), np.linspace(-extent, extent, 31)
     observe = look(distances, in_plane, following)
-    _, unravel = ravel_pytree(task.members.make_model(jr.key(0)))
     measured, found = measured.sel(observation_step=list(steps)), []
     for step in steps:
-        flat = jnp.asarray(measured.parameters.sel(observation_step=step).values)
-        states = dataclasses.replace(task.members, models=jax.vmap(unravel)(flat)).init()
+        states = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).init()
         states = eqx.tree_at(lambda s: s.step, states, jnp.full_like(states.step, step))
         data = ensemble.replicate(task.data, states)
         seen = ensemble.gather(ensemble.observe(states, task.members.losses, data, observe))

@@ -42,9 +42,10 @@ def lines(dataset: xr.Dataset, seed: int, path: str | os.PathLike[str]) -> Figur
     axes["a"].legend(fontsize=8, title="phase of the turn", title_fontsize=8, loc="upper center", ncols=2)
     rows = (("c", "lowest", "lowest loss along v₁ (nats)"), ("d", "width", "width 0.1 nats above that (‖θ‖)"),
             ("e", "sharpness", "largest Hessian eigenvalue"))  # fmt: skip
+    outcomes = [statistics.outcomes(members) for members in both]
     for panel, name, label in rows:
-        for members, (colour, dashes, marker) in zip(both, (STATIC, STYLES[0]), strict=True):
-            phases, values = statistics.phases(members), statistics.outcomes(members)[name]
+        for members, found, (colour, dashes, marker) in zip(both, outcomes, (STATIC, STYLES[0]), strict=True):
+            phases, values = statistics.phases(members), found[name]
             axes[panel].plot(phases, values.values.T, color=colour, linewidth=0.5, alpha=0.4)
             style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 4}
             axes[panel].plot(phases, values.median("seed"), **style, label=loss_name(members))

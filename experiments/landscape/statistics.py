@@ -46,11 +46,11 @@ def phases(members: xr.Dataset) -> np.ndarray:
 def changes(members: xr.Dataset) -> dict[str, dict[str, Estimate]]:
     """By turn and name: how every seed's valley changes until the step nearest to half the turn, and from there to the
     last one, as differences."""
-    at, found = phases(members), outcomes(members)
+    at, found, seeds = phases(members), outcomes(members), members.seed.values
     half = int(np.argmin(abs(at - 0.5)))
     turns = {"rising weight": (0, half), "falling weight": (half, len(at) - 1)}
     return {
-        turn: {name: _estimate(v[:, end] - v[:, start], True) for name, v in found.items()}
+        turn: {name: Estimate.of_finite(seeds, (v[:, end] - v[:, start]).values, True) for name, v in found.items()}
         for turn, (start, end) in turns.items()
         if start != end
     }
@@ -60,8 +60,10 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
     """Writes `summary.md` and `summary.json`, and returns what they say, in sentences."""
     sentences, lines, document = [], [], {}
     for members in by_loss(dataset.squeeze(["init", "width", "learning_rate"])):
-        name, found = loss_name(members), outcomes(members)
-        estimates = {n: [_estimate(v[:, k]) for k in range(v.shape[1])] for n, v in found.items()}
+        name, found, seeds = loss_name(members), outcomes(members), members.seed.values
+        estimates = {
+            n: [Estimate.of_finite(seeds, v.values[:, k]) for k in range(v.shape[1])] for n, v in found.items()
+        }
         rows = [
             [f"{phase:.3g} T", f"{int(step):,}", *(estimates[n][k].spread(1, 3) for n in NAMES)]
             for k, (phase, step) in enumerate(zip(phases(members), members.observation_step, strict=True))
@@ -103,10 +105,3 @@ def _sentence(turn: str, name: str, change: Estimate) -> str:
     if change.low <= 0 <= change.high:
         return f"{found}: no change established."
     return f"{found}: it {more if change.low > 0 else less}."
-
-
-def _estimate(values: xr.DataArray, differences: bool = False) -> Estimate:
-    seeds = values.seed.values.tolist()
-    return Estimate.of(
-        {seed: float(v) for seed, v in zip(seeds, values.values, strict=True) if np.isfinite(v)}, differences
-    )

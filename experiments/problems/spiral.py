@@ -1,7 +1,7 @@
 """The spiral problem: the data, the networks, their losses, and what is measured of them, for every command on it."""
 
 import functools as ft
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -11,12 +11,12 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from eqx_dynloss import landscape
 from eqx_dynloss.loss import BaseLoss, DynamicalLoss, softmax_cross_entropy, squared_error
 from eqx_dynloss.models import MLP
-from eqx_dynloss.train import Dataset
+from eqx_dynloss.train import Dataset, TrainState
 
 from ..results.labelled import combinations, unfold, with_loss_function
 from ..running.devices import devices
@@ -135,6 +135,11 @@ def num_parameters(init: Init, width: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
+def objective(state: TrainState, loss: DynamicalLoss, data: Dataset) -> Callable[[MLP], Float[Array, ""]]:
+    """What gradient descent minimises at the state's step, on all data, as a function of the network."""
+    return lambda model: loss(jax.vmap(model)(data.inputs), data.labels, state.step)
+
+
 def curvature(state, loss, data) -> dict[str, jax.Array]:
     """Extreme eigenvalues at the state: of the Hessian of the loss with the step's class weights, on all data, and of
     the neural tangent kernel of the first 50 points. Ten Lanczos products each, as in the paper for the Hessian."""
@@ -145,12 +150,8 @@ def curvature(state, loss, data) -> dict[str, jax.Array]:
 
 def sharpness(state, loss, data) -> dict[str, jax.Array]:
     """Of `curvature`, the extreme eigenvalues of the Hessian: `[]` each."""
-
-    def objective(model):
-        return loss(jax.vmap(model)(data.inputs), data.labels, state.step)
-
     hessian_key, _ = jr.split(jr.fold_in(state.key, state.step))
-    hessian = landscape.hessian_spectrum(objective, state.model, order=10, key=hessian_key)
+    hessian = landscape.hessian_spectrum(objective(state, loss, data), state.model, order=10, key=hessian_key)
     return {
         "hessian_max": hessian.eigenvalues[-1],
         "hessian_max_error": hessian.errors[-1],

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from eqx_dynloss.train import Dataset, TrainState
 from ..problems import spiral
 from ..problems.spiral import Init
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_shown
+from ..running.flags import LEAST, RunFlags, Seeds, ShownSeed, parse_seeds, require, require_shown
 from ..running.session import Session
 from ..running.task import Observe, Task, announcement
 from ..running.terminal import console, execute
@@ -58,7 +57,7 @@ class Config:
     """Units in the hidden layer."""
     learning_rate: float = 1.0
     """The constant learning rate."""
-    show_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")] = None
+    show_seed: ShownSeed = None
     """The seed whose networks are drawn."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
@@ -92,12 +91,13 @@ def main(arguments: list[str] | None = None) -> bool:
 
 def tasks_of(config: Config) -> list[Task]:
     """What is trained: one program, evaluated as often as it is looked at."""
-    plan = {"observe": regions(SIDE), "observe_every": config.updates // config.frames, "keep_steps": False}
+    dims = {"decision": ("y", "x"), "confidence": ("y", "x")}
+    every = config.updates // config.frames
     return spiral.tasks(
         {"": {"init": config.init, "width": config.width}},
         config.updates,
         config.frames,
-        plan | {"observed_dims": {"decision": ("y", "x"), "confidence": ("y", "x")}},
+        {"observe": regions(SIDE), "observe_every": every, "observed_dims": dims, "keep_steps": False},
         amplitudes=[config.amplitude],
         periods=[config.period],
         seeds=parse_seeds(config.seeds),

@@ -1,5 +1,7 @@
 """Statistics over seeds of one number: of an outcome, or of differences that are paired by seed."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,12 @@ class Estimate:
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / n**0.5
         rank_p = _signed_rank(sample) if differences else None
         return cls(values, n, mean, std, mean - half, mean + half, median, rank_p)
+
+    @classmethod
+    def of_finite(cls, seeds: Iterable[int], values: Iterable[float], differences: bool = False) -> "Estimate":
+        """Of a value for each of the seeds, without those that are NaN or infinite."""
+        pairs = ((int(seed), float(value)) for seed, value in zip(seeds, values, strict=True))
+        return cls.of({seed: value for seed, value in pairs if math.isfinite(value)}, differences)
 
     def spread(self, scale: float = 1, digits: int = 2) -> str:
         """Mean ± std in words."""

@@ -16,6 +16,7 @@ from .errors import UsageError
 
 _Config = TypeVar("_Config")
 Seeds = Annotated[int | str, tyro.conf.arg(metavar="N|FIRST:END")]
+ShownSeed = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")]
 LEAST = 1e-300  # of a positive number
 _FREE = ("run", "data_dir", "show_seed", "shown", "animation")  # may differ when a run is resumed
 

@@ -11,6 +11,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from eqx_dynloss import ensemble
 from eqx_dynloss.loss import DynamicalLoss
@@ -40,6 +43,11 @@ class Members:
         pick = lambda leaf: leaf[indices] if eqx.is_array(leaf) else leaf
         arrays = ("losses", "models", "coordinates", "hyperparams")
         return dataclasses.replace(self, **{name: jax.tree.map(pick, getattr(self, name)) for name in arrays})
+
+    def with_parameters(self, flat: Float[ArrayLike, "members parameters"]) -> "Members":
+        """The same members, who start from these parameters, in the order of `jax.flatten_util.ravel_pytree`."""
+        _, unravel = ravel_pytree(self.make_model(jr.key(0)))
+        return dataclasses.replace(self, models=jax.vmap(unravel)(jnp.asarray(flat)))
 
     def init(self) -> TrainState:
         """Their states before the first update. Equal seeds have equal weights and see examples in the same order."""

@@ -19,7 +19,7 @@ from ..problems.oscillation import Oscillation
 from ..problems.spiral import Init, LossName
 from ..results.labelled import by_setting
 from ..running.errors import UsageError
-from ..running.flags import LEAST, RunFlags, Seeds, parse_seeds, require, require_different, require_shown
+from ..running.flags import LEAST, RunFlags, Seeds, ShownSeed, parse_seeds, require, require_different, require_shown
 from ..running.session import Session
 from ..running.task import Task, announcement
 from ..running.terminal import console, execute
@@ -66,7 +66,7 @@ class Config:
     """How many updates to make."""
     curvature: int = 25
     """Follow the Hessian and the neural tangent kernel every so many updates, a divisor of all; 0 for not at all."""
-    show_seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the first one)")] = None
+    show_seed: ShownSeed = None
     """The seed whose trajectory is drawn in full."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 

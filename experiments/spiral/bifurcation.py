@@ -157,4 +157,4 @@ def figure(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Figure:
 
 
 def _estimate(values: np.ndarray, digits: int) -> str:
-    return Estimate.of({i: float(value) for i, value in enumerate(values) if np.isfinite(value)}).spread(1, digits)
+    return Estimate.of_finite(range(len(values)), values).spread(1, digits)

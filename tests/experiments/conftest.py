@@ -32,15 +32,22 @@ def full_disk():
     return limited
 
 
+@pytest.fixture(scope="module")
+def devices_as_they_are():
+    """Runs commands with the devices that there are and without a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "use_all_cores", lambda: None)
+        patch.setattr(devices, "keep_compiled_programs", lambda: None)
+        yield
+
+
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch):
+def sandbox(devices_as_they_are, tmp_path, monkeypatch):
     """Runs a command in a directory of its own, with the devices that there are and without a cache.
 
     Ctrl-C is as a terminal has it: processes that a shell starts in the background ignore it.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(devices, "use_all_cores", lambda: None)
-    monkeypatch.setattr(devices, "keep_compiled_programs", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

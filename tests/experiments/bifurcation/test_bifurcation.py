@@ -11,10 +11,9 @@ import xarray as xr
 from jax.flatten_util import ravel_pytree
 
 from experiments.bifurcation import __main__ as bifurcation
-from experiments.bifurcation import frozen, thresholds
+from experiments.bifurcation import thresholds
 from experiments.problems import spiral
 from experiments.results import files
-from experiments.running import devices
 from experiments.running.training import train
 
 from ..synthetic import interrupt_after, run_command
@@ -83,12 +82,9 @@ def test_what_is_not_finite_or_never_comes_back_diverges():
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> xr.Dataset:
+def results(tmp_path_factory, devices_as_they_are) -> xr.Dataset:
     path = tmp_path_factory.mktemp("bifurcation") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
-        assert command(*FLAGS, "--out", path) == 0
+    assert command(*FLAGS, "--out", path) == 0
     assert {p.name for p in path.iterdir() if p.is_file()} == FILES
     document = json.loads((path / "summary.json").read_text())
     assert list(document["onsets"]) == ["static", "0.5 T", "0.9 T"]
@@ -99,10 +95,7 @@ def results(tmp_path_factory) -> xr.Dataset:
 def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(results, x64):
     """Every update of one member, from JAX's own gradient of the weighted cross-entropy."""
     config = bifurcation.Config(seeds=2, amplitude=10.0, period=20, width=6)
-    (task,) = spiral.tasks(
-        {"": {"init": "paper", "width": 6}}, *frozen.until(config.steps, 20), amplitudes=[10.0], periods=[20],
-        seeds=range(2), learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
-    )  # fmt: skip
+    (task,) = bifurcation.tasks_of(config)
     flat = jnp.asarray(train([task]).parameters.isel(member=-1).sel(observation_step=18).values)
     _, unravel = ravel_pytree(spiral.network("paper", 6, jax.random.key(0)))
     raw = np.array([1 + 2 * 9 * (1 - 0.9), 1, 1])  # of class 0, after 0.9 of its turn
@@ -132,10 +125,7 @@ def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(res
 def test_the_oscillation_goes_on_until_it_is_frozen(cycle, phases, x64):
     """Whatever the phases: the weights are those of the phase, by the formula."""
     config = bifurcation.Config(cycle=cycle, phase=phases, width=4, seeds=1)
-    (task,) = spiral.tasks(
-        {"": {"init": "paper", "width": 4}}, *frozen.until(config.steps, cycle * 5000), amplitudes=[70.0],
-        periods=[5000], seeds=[0], learning_rates=[1.0], loss="cross-entropy", inclusive_period=False,
-    )  # fmt: skip
+    (task,) = bifurcation.tasks_of(config)
     schedule = jax.tree.map(lambda leaf: leaf[-1], task.members.losses.schedule)
     for step, phase in zip(config.steps, phases, strict=True):
         raw = np.ones(3)

@@ -37,7 +37,6 @@ from experiments.problems.images import ImageData
 from experiments.problems.oscillation import OscillatingRate
 from experiments.problems.presets import PRESETS
 from experiments.results import files
-from experiments.running import devices
 from experiments.running.errors import UsageError
 from experiments.running.terminal import console
 
@@ -306,16 +305,13 @@ def test_standardising_keeps_the_precision_of_the_statistics(x64):
 
 
 @pytest.fixture(scope="module")
-def run_directory(tmp_path_factory):
+def run_directory(tmp_path_factory, devices_as_they_are):
     """A finished run of 2 seeds, 2 amplitudes and 2 periods; its directory, its first line and its arguments."""
     directory = tmp_path_factory.mktemp("run") / "out"
     flags = f"--seeds 2 --amplitude 5 20 --period 2 0.5ep --evaluations 3 --out {directory}"
     arguments = [*TINY, *flags.split()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
-        with console.capture() as capture:
-            assert command(*arguments) == 0
+    with console.capture() as capture:
+        assert command(*arguments) == 0
     return SimpleNamespace(path=directory, output=capture.get(), arguments=arguments)
 
 

@@ -15,7 +15,6 @@ from experiments.landscape import cuts, statistics
 from experiments.problems import spiral
 from experiments.results import files
 from experiments.results.labelled import by_loss
-from experiments.running import devices
 from experiments.running.training import train
 
 from ..synthetic import interrupt_after, run_command
@@ -29,13 +28,10 @@ command = ft.partial(run_command, landscape.main)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> xr.Dataset:
+def results(tmp_path_factory, devices_as_they_are) -> xr.Dataset:
     """Of two seeds and a narrow network, from the command itself."""
     path = tmp_path_factory.mktemp("landscape") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
-        assert command(*FLAGS, "--out", path) == 0
+    assert command(*FLAGS, "--out", path) == 0
     assert {p.name for p in path.iterdir() if p.is_file()} == FILES
     text = (path / "summary.md").read_text()
     assert "While the class's weight is rising" in text and "## Network of A = 10, T = 12" in text

@@ -13,7 +13,6 @@ from experiments.problems import spiral
 from experiments.regions import __main__ as regions
 from experiments.regions import figures
 from experiments.results import files
-from experiments.running import devices
 from experiments.running.training import train
 
 from ..synthetic import interrupt_after, run_command
@@ -26,13 +25,10 @@ command = ft.partial(run_command, regions.main)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> xr.Dataset:
+def results(tmp_path_factory, devices_as_they_are) -> xr.Dataset:
     """Of two seeds and a narrow network, from the command itself."""
     path = tmp_path_factory.mktemp("regions") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
-        assert command(*FLAGS, "--animation", "--out", path) == 0
+    assert command(*FLAGS, "--animation", "--out", path) == 0
     assert {p.name for p in path.iterdir() if p.is_file()} == FILES
     with Image.open(path / "regions.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 3

@@ -12,7 +12,6 @@ from jax.flatten_util import ravel_pytree
 from eqx_dynloss import ensemble
 from experiments.problems import spiral as problem
 from experiments.results import files
-from experiments.running import devices
 from experiments.running.training import train
 from experiments.sizes import __main__ as sizes
 from experiments.sizes import figure
@@ -27,13 +26,10 @@ command = ft.partial(run_command, sizes.main)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, devices_as_they_are):
     """A small run of two loss functions, which share one of their learning rates; its directory."""
     out = tmp_path_factory.mktemp("sizes") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
-        assert command(*TINY, "--loss", "cross-entropy", "squared-unit", "--out", out) == 0
+    assert command(*TINY, "--loss", "cross-entropy", "squared-unit", "--out", out) == 0
     return out
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from experiments.problems import spiral as problem
 from experiments.results import files
-from experiments.running import devices
 from experiments.spiral import __main__ as spiral
 from experiments.spiral import dynamics, static
 
@@ -28,13 +27,11 @@ command = ft.partial(run_command, spiral.main)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, devices_as_they_are):
     """One small run with two values of everything; its directory."""
     out = tmp_path_factory.mktemp("spiral") / "run"
     several = "--init paper none --learning-rate 0.5 1 --amplitude 5 70 --period 10 20".split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "use_all_cores", lambda: None)
-        patch.setattr(devices, "keep_compiled_programs", lambda: None)
         patch.setattr(dynamics, "_MOST", 1)
         assert command(*TINY, *several, "--out", out) == 0
     return out
