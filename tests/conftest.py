@@ -18,6 +18,16 @@ def pytest_configure(config):
         jax.config.update("jax_platforms", "cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_programs(tmp_path_factory):
+    """Lets all processes of pytest-xdist share what they compile: many tests compile the same programs."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def optimisations():
     """Has LLVM optimise little, which halves the time that tests take: most of it is compilation."""

@@ -4,6 +4,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 _TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -29,6 +30,11 @@ def _close(x, y, rtol, atol, same_dtype):
     tolerance = max(_TOLERANCE.get(dtype.name, 0.0) for dtype in (x.dtype, y.dtype))
     rtol, atol = (tolerance if given is None else given for given in (rtol, atol))
     return np.allclose(x.astype(np.float64), y.astype(np.float64), rtol=rtol, atol=atol)
+
+
+def slow(*values):
+    """A set of parameters that is only tested with `-m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def undecorated(function):

@@ -26,6 +26,8 @@ from benchmarks.report import Row, summary
 from benchmarks.workloads import ACCELERATOR_LOGITS, WORKLOADS
 from experiments.problems.cifar import flops_per_image
 
+from .helpers import slow
+
 ROOT = Path(__file__).parents[1]
 VARYING = "abc" + "bca" + "cab" + "cba" + "acb" + "bac"  # the order of calls of three contestants, over and over
 
@@ -358,7 +360,7 @@ def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path,
     assert (tmp_path / "calls").exists() and not (ROOT / "calls").exists()
 
 
-@pytest.mark.parametrize("names", [("convolutions",), pytest.param(None, marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.parametrize("names", [("convolutions",), slow(None)], ids=["one", "all"])
 def test_the_script_for_a_gpu_is_rehearsed(tmp_path, plain_pytest, names):
     """Its parts on small problems, with time enough for a busy machine; alone they fit into eight minutes."""
     assert sum(part.seconds for part in gpu.PARTS) <= 8 * 60

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from eqx_dynloss import convolution
 from eqx_dynloss.convolution import conv3x3
 
-from .helpers import tree_allclose, undecorated
+from .helpers import slow, tree_allclose, undecorated
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -124,7 +124,7 @@ def test_gradient_of_vmap_equals_xlas(axes):
     check(transform)
 
 
-@pytest.mark.parametrize("num_images", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8)), 9])
+@pytest.mark.parametrize("num_images", [slow(1), slow(4), slow(8), 9])
 @pytest.mark.parametrize(
     "size, channels",
     [((32, 32), (2, 3)), ((1, 1), (2, 3)), ((64, 65), (2, 3)), ((2, 3), (2, 3)), ((256, 127), (2, 3))]
@@ -134,7 +134,7 @@ def test_weight_gradient_in_chunks_equals_the_whole(num_images, size, channels):
     check_gradient((num_images, *size), channels)
 
 
-@pytest.mark.parametrize("width", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 6)), 3, 9])
+@pytest.mark.parametrize("width", [1, slow(2), slow(6), slow(3), 9])
 @pytest.mark.parametrize("channels", [(1, 1), (3, 8), (3, 16), (3, 32), (7, 5), (8, 8), (16, 3), (16, 16), (12, 17)])
 def test_few_channels_at_any_width(channels, width):
     check_gradient((2, 4, width), channels)

@@ -15,7 +15,7 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
 
-from .helpers import tree_allclose
+from .helpers import slow, tree_allclose
 
 AMPLITUDES = np.array([1.0, 3.0, 10.0, 30.0, 70.0])
 PERIODS = np.array([4.0, 5.0, 6.0, 7.0, 3.0])
@@ -63,7 +63,7 @@ def member(tree, i):
 
 
 @pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
-@pytest.mark.parametrize("block_size", [1, 2, 5])
+@pytest.mark.parametrize("block_size", [slow(1), 2, 5])
 def test_a_member_equals_that_member_trained_alone(make_model, block_size, getkey):
     keys, data = jr.split(getkey(), 5), dataset(make_model, getkey())
     states, metrics = run(make_model, keys, data, block_size=block_size, batch_size=7)

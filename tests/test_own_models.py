@@ -12,7 +12,7 @@ from eqx_dynloss import ensemble, landscape, train
 from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy
 from eqx_dynloss.schedule import OscillatingWeights
 
-from .helpers import tree_allclose
+from .helpers import slow, tree_allclose
 from .test_train import LOSS, OPTIMISER, blobs, make_mlp
 
 
@@ -181,7 +181,7 @@ def usual_promotion():
         yield
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", ["lbfgs", slow("backtracking"), slow("zoom")])
 @pytest.mark.usefixtures("x64", "usual_promotion")
 def test_optimisers_that_search_along_a_line_do_as_in_a_loop_of_their_own(name):
     data, keys, optimiser = blobs(jr.key(0)), jr.split(jr.key(1), 2), SEARCHES[name]()

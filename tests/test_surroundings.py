@@ -20,7 +20,7 @@ from eqx_dynloss.loss import (
 )
 from eqx_dynloss.schedule import OscillatingWeights
 
-from .helpers import DERIVATIVES, tree_allclose
+from .helpers import DERIVATIVES, slow, tree_allclose
 
 
 def soft(x, y, w, **options):
@@ -49,7 +49,7 @@ def problem(num_classes, shape=(6,)):
     return jnp.asarray(labels), *(jnp.asarray(a, jnp.float32) for a in arrays)
 
 
-@pytest.mark.parametrize("num_classes", [3, 100])  # above 64 the gradient takes another way on a CPU
+@pytest.mark.parametrize("num_classes", [slow(3), 100])  # above 64 the gradient takes another way on a CPU
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("derivative", ["jvp of value and grad", "vmap, weights per member"])
 def test_without_jit_everything_is_the_same(name, num_classes, derivative):
@@ -64,8 +64,8 @@ def test_without_jit_everything_is_the_same(name, num_classes, derivative):
 CHECKS = {"index": checkify.index_checks, "all": checkify.all_checks | checkify.user_checks}
 
 
-@pytest.mark.parametrize("num_classes", [3, 100])
-@pytest.mark.parametrize("checks", [pytest.param("index", marks=pytest.mark.slow), "all"])
+@pytest.mark.parametrize("num_classes", [slow(3), 100])
+@pytest.mark.parametrize("checks", [slow("index"), "all"])
 @pytest.mark.parametrize("name", ["integer", "plain", "options", "some classes", "soft"])
 def test_checkify_finds_nothing_wrong_and_changes_nothing(name, checks, num_classes):
     y, *args = problem(num_classes)

@@ -13,7 +13,7 @@ from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy, squared_error
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
-from .helpers import tree_allclose
+from .helpers import slow, tree_allclose
 
 OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
 LOSS = DynamicalLoss(OscillatingWeights(3, 5.0, 4.0))
@@ -51,7 +51,7 @@ def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
     assert state.step == 6 and not state.diverged
 
 
-@pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (7, 7, 6), (3, 16, 1)])
+@pytest.mark.parametrize("chunks", [slow((20,)), slow((1,) * 20), (7, 7, 6), slow((3, 16, 1))])
 @pytest.mark.parametrize("batch_size", [None, 4, 13, 30])
 def test_how_a_run_is_cut_into_chunks_does_not_matter(chunks, batch_size, getkey):
     data = blobs(getkey())
@@ -118,7 +118,7 @@ def norm_and_step(state, loss, data):
     return {"norm": optax.tree.norm(state.model), "step": state.step, "weight": loss.schedule(state.step)[0]}
 
 
-@pytest.mark.parametrize("every", [1, 4, 20])
+@pytest.mark.parametrize("every", [1, 4, slow(20)])
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_observations_are_of_the_states_before_every_so_many_updates(every, batch_size, getkey):
     data = blobs(getkey())

@@ -50,6 +50,8 @@ def read(file: Path) -> tuple[xr.Dataset, summary.Summary]:
     """The dataset of a results file, and its summary."""
     try:
         dataset = files.load(file)
+        if "final_loss" in dataset:
+            raise UsageError(f"{file} is a bifurcation diagram, which has no accuracies to compare: leave it out.")
         return dataset, summary.summarise(dataset)
     except PermissionError as error:
         raise UsageError(f"cannot read {file} ({error.strerror}).") from error

@@ -20,7 +20,9 @@ from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.train import Dataset, TrainState
 
 from ..problems import spiral
+from ..running import signals
 from ..running.task import Observe, Task
+from ..running.terminal import console
 
 ORDER = 60  # Lanczos products
 RISE = 0.1  # nats above its lowest point, where the width of a valley is measured (ours)
@@ -105,18 +107,22 @@ def take(
     - `following`: how many updates of the trajectory to follow.
     - `tell`: called with every step whose landscapes are done.
 
-    **Returns:** `measured` at these steps, and what `look` describes, by member.
+    **Returns:** `measured` at these steps, and what `look` describes, by member. **Raises:** `KeyboardInterrupt` after
+    the step during which a signal has come.
     """
     distances, in_plane = np.linspace(-extent, extent, 81), np.linspace(-extent, extent, 31)
     observe = look(distances, in_plane, following)
     measured, found = measured.sel(observation_step=list(steps)), []
-    for step in steps:
-        states = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).init()
-        states = eqx.tree_at(lambda s: s.step, states, jnp.full_like(states.step, step))
-        data = ensemble.replicate(task.data, states)
-        seen = ensemble.gather(ensemble.observe(states, task.members.losses, data, observe))
-        found.append(xr.Dataset({name: (("member", *DIMS.get(name, ())), values) for name, values in seen.items()}))
-        tell(step)
+    with signals.first_signal(lambda name: console.print(f"{name}: stopping after this step.")) as stop:
+        for step in steps:
+            states = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).init()
+            states = eqx.tree_at(lambda s: s.step, states, jnp.full_like(states.step, step))
+            data = ensemble.replicate(task.data, states)
+            seen = ensemble.gather(ensemble.observe(states, task.members.losses, data, observe))
+            found.append(xr.Dataset({name: (("member", *DIMS.get(name, ())), values) for name, values in seen.items()}))
+            tell(step)
+            if stop.is_set():
+                raise KeyboardInterrupt
     cuts = xr.concat(found, "observation_step").assign_coords(
         distance=distances,
         distance_in_plane=in_plane,

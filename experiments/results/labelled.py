@@ -9,9 +9,12 @@ Variables and their dimensions (`step` counts updates from 0; `evaluation_step` 
 | `class_weights` | amplitude, period, step, class | 1, sums to the number of classes |
 | `diverged_at` | amplitude, period, seed | update, -1 for never |
 | what was observed, such as `hessian_max` | amplitude, period, seed, observation_step | |
+| decision regions, `decision` and `confidence` | the same, y, x | 1 |
+| cuts through the landscape, such as `loss_along` | the same, distance | nats |
 | `step_size`, where the learning rate changes | observation_step | 1 |
 
-A phase diagram has no numbers of single updates, and no dimension `step`.
+Most commands leave no numbers of single updates, and no dimension `step`. A bifurcation diagram is another dataset,
+which `experiments.bifurcation.frozen` describes.
 
 Where more than the loss is varied, as in the spiral experiment, all variables have leading dimensions `init`, `width`
 and `learning_rate`, and `oscillation` where another than the paper's is among them. (In a random order, `class_weights`
@@ -62,6 +65,26 @@ _UNITS = {
     ),
     "ntk_max": ("1", "largest eigenvalue of the empirical neural tangent kernel"),
     "ntk_max_error": ("1", "error bound of ntk_max, the Ritz residual"),
+    "decision": ("1", "class of the largest output at a point of the square"),
+    "confidence": ("1", "its softmax probability"),
+    "x": ("1", "first coordinate of the points"),
+    "y": ("1", "second coordinate of the points"),
+    "parameters": ("1", "trained parameters, flat"),
+    "norm": ("1", "norm ‖θ‖ of the parameters"),
+    "distance": ("norm of the parameters", "distance along the leading eigenvector v₁"),
+    "distance_in_plane": ("norm of the parameters", "distance along v₁, in the plane"),
+    "second": ("norm of the parameters", "distance along the second eigenvector v₂, in the plane"),
+    "direction": ("1", "1 for the leading eigenvector of the Hessian, 2 for the second"),
+    "update": ("update", "updates made since the landscape was taken"),
+    "eigenvalue": ("1", "the two largest eigenvalues of the Hessian of the loss with the step's class weights"),
+    "eigenvalue_error": ("1", "error bound of eigenvalue, the Ritz residual"),
+    "slope": ("nats per norm of the parameters", "slope of the loss along the eigenvectors"),
+    "loss_here": ("nats", "loss with the step's class weights"),
+    "loss_along": ("nats", "the same loss along v₁"),
+    "loss_in_plane": ("nats", "the same loss in the plane of v₁ and v₂"),
+    "trajectory": ("norm of the parameters", "where the updates that follow are, in the plane of v₁ and v₂"),
+    "moved": ("norm of the parameters", "how far the updates that follow have moved, in all directions"),
+    "share_in_plane": ("1", "share of the squared lengths of these updates that lies in the plane"),
     "loss_function": ("1", "loss function that is minimised, with class weights if they oscillate"),
     "init": ("1", "initialisation"),
     "width": ("1", "units in the hidden layer"),

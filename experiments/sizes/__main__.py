@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS: dict[PresetName, Preset] = {
-    # A first look: what fits into three minutes on two CPU cores.
+    # A first look, of two minutes on two CPU cores.
     "quick": Preset(6, (10, 30, 100), (10.0,), (500.0,), 20_000),
     # Two decades of sizes.
     "paper": Preset(20, (3, 10, 30, 100, 300), (10.0,), (500.0,), 50_000),
@@ -67,7 +67,8 @@ class Config:
     seeds: Annotated[int | str | None, _of_preset("N|FIRST:END")] = None
     """Members per loss: so many, or a slice, 8:16. Seed s has the same initial weights for every loss, in every run."""
     width: Annotated[tuple[int, ...] | None, _of_preset("INT [INT ...]")] = None
-    """Units in the hidden layer: a network of width w has 6 w + 3 parameters. Each width is a program."""
+    """Units in the hidden layer: a network of width w has 6 w + 3 parameters, or 5 w without biases. Each width is a
+    program."""
     loss: Annotated[
         tuple[LossName, ...], tyro.conf.arg(metavar="{cross-entropy,squared-sample,squared-unit} [...]")
     ] = tuple(LOSSES)

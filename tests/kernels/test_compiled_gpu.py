@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.workloads import WORKLOADS
 
+from ..helpers import slow
 from . import deviceless, hlo
 from .deviceless import NO_SPILLS, compile_for
 
@@ -72,10 +73,8 @@ def test_value_and_gradient_compile_without_spills_or_large_temporaries(num_clas
 
 
 @pytest.mark.parametrize("options", [["label_smoothing"], ["z_loss"], ["label_smoothing", "z_loss"]], ids=" ".join)
-@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "num_classes", [10, pytest.param(1001, marks=pytest.mark.slow), 8192, pytest.param(50257, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [*DTYPES, slow("float16")])
+@pytest.mark.parametrize("num_classes", [10, slow(1001), 8192, slow(50257)])
 def test_every_option_compiles_into_the_same_one_kernel(num_classes, dtype, options):
     args = *problem((512,), num_classes, dtype), jax.ShapeDtypeStruct((512,), jnp.bool_)
     masked = lambda x, y, w, mask: loss(x, y, w, where=mask, **dict.fromkeys(options, 0.1))

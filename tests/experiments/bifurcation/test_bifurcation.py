@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from experiments.bifurcation import __main__ as bifurcation
 from experiments.bifurcation import thresholds
+from experiments.compare import __main__ as compare
 from experiments.problems import spiral
 from experiments.results import files
 from experiments.running.training import train
@@ -155,6 +156,12 @@ def test_an_interrupted_run_goes_on(results, chunks, tmp_path, monkeypatch, caps
     assert "To go on: python -m experiments.bifurcation --resume run" in capsys.readouterr().out
     assert command("--resume", "run") == 0
     xr.testing.assert_equal(files.load(tmp_path / "run" / "results.nc"), results)
+
+
+def test_compare_says_that_a_diagram_has_nothing_to_compare(results, tmp_path, capsys):
+    files.save(results, tmp_path / "results.nc")
+    assert run_command(compare.main, tmp_path) == 2
+    assert "results.nc is a bifurcation diagram, which has no accuracies to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, part", [

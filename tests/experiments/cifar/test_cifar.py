@@ -40,6 +40,7 @@ from experiments.results import files
 from experiments.running.errors import UsageError
 from experiments.running.terminal import console
 
+from ...helpers import slow
 from ..synthetic import class_weights, interrupt_after, run_command
 
 ROOT = Path(__file__).parents[3]
@@ -422,6 +423,7 @@ def test_the_same_command_gives_the_same_arrays(results, run_directory, tmp_path
 # Other ways for a run to go
 
 
+@pytest.mark.slow
 def test_every_network_learns_the_digits_that_stand_in(tmp_path):
     """With the preset as it is; enlarged to 32×32, half of them never left chance."""
     flags = "--dataset digits --seeds 2 --amplitude 1 --evaluations 1"
@@ -441,7 +443,7 @@ def test_a_slice_of_the_seeds_is_the_same_members(results, run_directory, tmp_pa
         assert (part[name].sel(seed=2) != results[name].sel(seed=1)).any()
 
 
-@pytest.mark.parametrize("oscillation", ["learning-rate", "random-order"])
+@pytest.mark.parametrize("oscillation", ["learning-rate", slow("random-order")])
 def test_what_oscillates_may_be_another(oscillation, tmp_path):
     """The static members stay what they are; the others do not, and titles say so."""
     arguments = [*TINY, "--amplitude", "10", "--period", "3", "--seeds", "2"]

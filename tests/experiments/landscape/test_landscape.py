@@ -2,6 +2,8 @@
 
 import functools as ft
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import xarray as xr
 from jax.flatten_util import ravel_pytree
 
+from eqx_dynloss import ensemble
 from experiments.landscape import __main__ as landscape
 from experiments.landscape import cuts, statistics
 from experiments.problems import spiral
@@ -38,6 +41,11 @@ def results(tmp_path_factory, devices_as_they_are) -> xr.Dataset:
     document = json.loads((path / "summary.json").read_text())
     assert document["losses"]["static"]["steps"] == STEPS
     return files.load(path / "results.nc").squeeze(["init", "width", "learning_rate"])
+
+
+def test_every_variable_says_what_it_is(results):
+    assert [name for name in results.variables if name not in ("split", "seed", "class", "init")
+            and not results[name].attrs.get("units")] == []  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +149,27 @@ def test_an_interrupted_run_goes_on(results, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_ctrl_c_between_landscapes_stops_there_and_the_run_goes_on(results, tmp_path, monkeypatch, capsys):
+    """The trained networks are in the checkpoint."""
+    observe = ensemble.observe
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return observe(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble, "observe", interrupted)
+        assert command(*FLAGS, "--out", "run") == 130
+    said = capsys.readouterr().out
+    assert "landscapes at step 12 of 21" in said and "landscapes at step 15" not in said
+    assert "Ctrl-C: stopping after this step" in said and "--resume run" in said
+    assert command("--resume", "run") == 0
+    xr.testing.assert_equal(
+        files.load(tmp_path / "run" / "results.nc").squeeze(["init", "width", "learning_rate"]), results
+    )
+
+
+@pytest.mark.slow
 def test_amplitudes_can_be_merged(results, tmp_path):
     from experiments.merge import __main__ as merge
 

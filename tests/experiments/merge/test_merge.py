@@ -20,6 +20,7 @@ from experiments.phase import __main__ as phase
 from experiments.results import files
 from experiments.spiral import __main__ as spiral
 
+from ...helpers import slow
 from ..synthetic import results, run_command
 
 ROOT = Path(__file__).parents[3]
@@ -53,11 +54,9 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset) -> None:
 @pytest.mark.parametrize(
     "main, flags, flag, parts, whole",
     [
-        (cifar.main, [*TINY, "--curvature", "10"], "--seeds", ["1:3", "1"], "3"),
-        pytest.param(spiral.main, SPIRAL, "--seeds", ["1", "1:3"], "3", marks=pytest.mark.slow),
-        pytest.param(
-            phase.main, [*DIAGRAM, "--seeds", "2"], "--amplitudes", ["1,5", "2"], "2,5,1", marks=pytest.mark.slow
-        ),
+        slow(cifar.main, [*TINY, "--curvature", "10"], "--seeds", ["1:3", "1"], "3"),
+        slow(spiral.main, SPIRAL, "--seeds", ["1", "1:3"], "3"),
+        slow(phase.main, [*DIAGRAM, "--seeds", "2"], "--amplitudes", ["1,5", "2"], "2,5,1"),
     ],
     ids=["cifar", "spiral", "phase"],
 )

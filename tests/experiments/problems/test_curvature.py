@@ -16,6 +16,8 @@ from eqx_dynloss.train import Dataset, TrainState
 from experiments.problems.curvature import at_peak_and_static, of_step
 from experiments.problems.presets import PRESETS
 
+from ...helpers import slow
+
 CLASSES = 3
 
 
@@ -58,7 +60,7 @@ def peak(amplitude: float, label: int) -> np.ndarray:
     return CLASSES * raw / raw.sum()
 
 
-@pytest.mark.parametrize("count, used", [(40, 40), (250, 200)])
+@pytest.mark.parametrize("count, used", [slow(40, 40), (250, 200)])
 def test_the_largest_eigenvalues_are_those_of_dense_hessians(count, used, x64):
     images, loss = data(300), DynamicalLoss(OscillatingWeights(CLASSES, 8.0, 15.0, stop=400))
     first = dataclasses.replace(images, inputs=images.inputs[:used], labels=images.labels[:used])

@@ -134,7 +134,9 @@ def test_a_cache_that_cannot_be_written_is_left_out():
     assert compiled("/proc/nowhere") == 0  # JAX does not even look for it
 
 
-@pytest.mark.parametrize("command", ["cifar", "spiral", "phase", "compare"])
+@pytest.mark.parametrize(
+    "command", ["cifar", "spiral", "landscape", "regions", "bifurcation", "phase", "sizes", "merge", "compare"]
+)
 def test_a_command_starts_without_what_only_its_end_needs(command):
     program = f"import sys, experiments.{command}.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

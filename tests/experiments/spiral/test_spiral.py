@@ -15,6 +15,7 @@ from experiments.results import files
 from experiments.spiral import __main__ as spiral
 from experiments.spiral import dynamics, static
 
+from ...helpers import slow
 from ..synthetic import interrupt_after, run_command
 
 TINY = "--seeds 2 --width 4 --updates 40 --period 10 --curvature 5".split()
@@ -195,7 +196,7 @@ def test_a_member_that_diverges_is_reported_and_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--period 2", "--updates 4 --amplitude 1 --curvature 1", "--updates 1 --curvature 1"]
+    "arguments", [slow("--period 2"), slow("--updates 4 --amplitude 1 --curvature 1"), "--updates 1 --curvature 1"]
 )
 def test_very_short_runs(arguments, tmp_path):
     assert command(*TINY, *arguments.split(), "--seeds", 1, "--out", "run") == 0
