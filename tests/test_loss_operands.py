@@ -209,7 +209,7 @@ def one_by_one(kind, x, labels, w, mask, **options):
     return jnp.stack(losses)
 
 
-@pytest.mark.parametrize("name", ["value", "grad", "jvp of value and grad", "vmap of hessian"])
+@pytest.mark.parametrize("name", [slow("value"), slow("grad"), "jvp of value and grad", "vmap of hessian"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1}], ids=["plain", "options"])
 @pytest.mark.parametrize("kind", SOFTMAX)
 def test_classes_that_are_taken_out_might_as_well_not_be_there(kind, options, name, x64):

@@ -9,12 +9,12 @@ import optax
 import pytest
 from eqx_dynloss_kernels import weighted_xent
 
-from ..helpers import tree_allclose
+from ..helpers import slow, tree_allclose
 from .test_triton import SEVERAL, W, X, Y, launches, lowered_for_cuda, struct
 from .test_weighted_xent import problem
 
 
-@pytest.fixture(params=[None, "xla", "pallas"])
+@pytest.fixture(params=[slow(None), "xla", "pallas"])  # on a CPU None is "xla"
 def implementation(request):
     if request.param == "pallas":
         request.getfixturevalue("interpreted")
