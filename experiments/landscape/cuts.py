@@ -23,6 +23,7 @@ from ..problems import spiral
 from ..running import signals
 from ..running.task import Observe, Task
 from ..running.terminal import console
+from ..running.wave import any_host
 
 ORDER = 60  # Lanczos products
 RISE = 0.1  # nats above its lowest point, where the width of a valley is measured (ours)
@@ -115,13 +116,17 @@ def take(
     measured, found = measured.sel(observation_step=list(steps)), []
     with signals.first_signal(lambda name: console.print(f"{name}: stopping after this step.")) as stop:
         for step in steps:
-            states = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).init()
+            members = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).padded()
+            states = members.init()
             states = eqx.tree_at(lambda s: s.step, states, jnp.full_like(states.step, step))
             data = ensemble.replicate(task.data, states)
-            seen = ensemble.gather(ensemble.observe(states, task.members.losses, data, observe))
-            found.append(xr.Dataset({name: (("member", *DIMS.get(name, ())), values) for name, values in seen.items()}))
+            seen = ensemble.gather(ensemble.observe(states, members.losses, data, observe))
+            own = {
+                name: (("member", *DIMS.get(name, ())), values[: len(task.members)]) for name, values in seen.items()
+            }
+            found.append(xr.Dataset(own))
             tell(step)
-            if stop.is_set():
+            if any_host(stop.is_set()):
                 raise KeyboardInterrupt
     cuts = xr.concat(found, "observation_step").assign_coords(
         distance=distances,

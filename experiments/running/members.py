@@ -44,6 +44,13 @@ class Members:
         arrays = ("losses", "models", "coordinates", "hyperparams")
         return dataclasses.replace(self, **{name: jax.tree.map(pick, getattr(self, name)) for name in arrays})
 
+    def padded(self) -> "Members":
+        """These members, and the last one again until they can be spread evenly over the devices."""
+        devices = jax.device_count()
+        if jax.process_count() == 1:
+            devices = min(devices, len(self))
+        return self.take(np.arange(-(-len(self) // devices) * devices).clip(max=len(self) - 1))
+
     def with_parameters(self, flat: Float[ArrayLike, "members parameters"]) -> "Members":
         """The same members, who start from these parameters, in the order of `jax.flatten_util.ravel_pytree`."""
         _, unravel = ravel_pytree(self.make_model(jr.key(0)))

@@ -35,10 +35,7 @@ class Wave(contextlib.AbstractContextManager["Wave"]):
         self._checkpoints: Checkpoints | None = None
 
     def __enter__(self) -> "Wave":
-        size, devices = len(self._indices), jax.device_count()
-        devices = min(devices, size) if jax.process_count() == 1 else devices
-        padded = np.arange(-(-size // devices) * devices).clip(max=size - 1)
-        self.members = self.task.members.take(self._indices[padded])
+        self.members = self.task.members.take(self._indices).padded()
         self.states = self.members.init()
         self.data, self._splits = ensemble.replicate((self.task.data, dict(self.task.splits)), self.states)
         if self._folder is not None:

@@ -107,6 +107,15 @@ def test_two_hosts_leave_the_results_of_one(tmp_path, whole):
 
 
 @pytest.mark.slow
+def test_landscapes_of_members_that_the_hosts_do_not_divide(tmp_path):
+    tiny = "landscape --seeds 2 --amplitude 10 --period 12 --cycle 2 --cuts 4 --following 3 --width 6".split()
+    finish(start([*tiny, "--out", tmp_path / "one"]))
+    for process in hosts([*tiny, "--out", tmp_path / "three"], 3):
+        finish(process)
+    assert_same(results(tmp_path / "three"), results(tmp_path / "one"), rtol=1e-7)
+
+
+@pytest.mark.slow
 def test_preempted_hosts_save_and_another_number_of_devices_goes_on(tmp_path, whole):
     """SIGTERM for one of the hosts stops both. Four devices, which do not divide 15 members, go on."""
     first, second = hosts([*PHASE, "--out", tmp_path / "run"])
