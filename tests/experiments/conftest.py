@@ -8,8 +8,8 @@ from experiments.running import devices
 
 
 @pytest.fixture(autouse=True, scope="package")
-def compiled_programs(tmp_path_factory):
-    """Keeps the compiled programs of processes that tests start out of the user's cache."""
+def processes(tmp_path_factory):
+    """Processes that tests start compile as quickly, and keep their programs out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
