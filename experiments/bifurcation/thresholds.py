@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ from jaxtyping import Float, Int
 
 from eqx_dynloss import landscape
 
-from ..results import words
+from ..results import tables, words
 from ..results.estimate import CONFIDENCE, Estimate
 from ..results.files import write_texts
-from ..results.tables import plain
 
 DIVERGED = -1
 NAMES = {
@@ -94,11 +92,10 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
         "λ changes while a network goes on with its frozen loss, so the onset of period 2 need not be at 1, and "
         "depends on the updates; the last column is ηλ/2 with the λ after the last update, at the rate of that onset.",
     ]
-    attrs: dict[str, Any] = {key: plain(value) for key, value in dataset.attrs.items()}
-    made = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in attrs.items()]
-    lines += ["", *(f"- {note}" for note in notes), "", "## How it was made", "", *made]
-    document = {n: {e: dataclasses.asdict(v) for e, v in events.items()} for n, events in found.items()}
-    write_texts(directory, "summary", lines, {"onsets": document, "statements": sentences, "attributes": attrs})
+    lines += tables.ending(notes, dataset)
+    found = {name: {event: dataclasses.asdict(e) for event, e in events.items()} for name, events in found.items()}
+    document = {"onsets": found, "statements": sentences, "attributes": tables.attributes(dataset)}
+    write_texts(directory, "summary", lines, document)
     return sentences
 
 

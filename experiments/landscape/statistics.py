@@ -2,16 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ..results import words
+from ..results import tables, words
 from ..results.estimate import CONFIDENCE, Estimate
 from ..results.files import write_texts
 from ..results.labelled import by_loss, loss_name, subject
-from ..results.tables import plain
 from . import cuts
 
 NAMES = {
@@ -59,7 +57,8 @@ def changes(members: xr.Dataset) -> dict[str, dict[str, Estimate]]:
 def write(dataset: xr.Dataset, directory: Path) -> list[str]:
     """Writes `summary.md` and `summary.json`, and returns what they say, in sentences."""
     sentences, lines, document = [], [], {}
-    for members in by_loss(dataset.squeeze(["init", "width", "learning_rate"])):
+    losses = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))
+    for members in losses:
         name, found, seeds = loss_name(members), outcomes(members), members.seed.values
         estimates = {
             n: [Estimate.of_finite(seeds, v.values[:, k]) for k in range(v.shape[1])] for n, v in found.items()
@@ -72,7 +71,8 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
         lines += words.markdown_table(["phase", "step", *NAMES.values()], rows)
         moved = changes(members)
         if name != "static":
-            sentences += [_sentence(turn, n, found[n]) for turn, found in moved.items() for n in SAID]
+            lead = f"{name}: " if len(losses) > 2 else ""
+            sentences += [lead + _sentence(turn, n, found[n]) for turn, found in moved.items() for n in SAID]
         document[name] = {
             "diverged": members.seed.values[members.diverged_at.values >= 0].tolist(),
             "steps": members.observation_step.values.tolist(),
@@ -87,10 +87,9 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
         f"that {cuts.RISE:g} nats above the lowest point along it; – where no seed's cut shows it.",
         f"Intervals: {CONFIDENCE:.0%}, Student's t over seeds, of changes within a seed; p: Wilcoxon's signed-rank.",
     ]
-    attrs: dict[str, Any] = {key: plain(value) for key, value in dataset.attrs.items()}
-    made = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in attrs.items() if key != "comment"]
-    lines = [*head, *lines, "", *(f"- {note}" for note in notes), "", "## How it was made", "", *made]
-    write_texts(directory, "summary", lines, {"losses": document, "statements": sentences, "attributes": attrs})
+    lines = [*head, *lines, *tables.ending(notes, dataset)]
+    document = {"losses": document, "statements": sentences, "attributes": tables.attributes(dataset)}
+    write_texts(directory, "summary", lines, document)
     return sentences
 
 

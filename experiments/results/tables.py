@@ -70,10 +70,24 @@ def _lead(summary: Summary) -> list[str]:
     return ["setting"] if any(c.setting for c in summary.conditions) else []
 
 
+def attributes(dataset: xr.Dataset) -> dict[str, Any]:
+    """The attributes of a dataset as JSON can hold them."""
+    return {str(key): plain(value) for key, value in dataset.attrs.items()}
+
+
 def plain(value: object) -> object:
-    """An attribute as JSON can hold it: no NumPy types, None for NaN."""
+    """A value as JSON can hold it: no NumPy types, None for NaN."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def ending(notes: Sequence[str], dataset: xr.Dataset) -> list[str]:
+    """The lines that every `summary.md` ends with: notes, and how the run was made."""
+    attrs = attributes(dataset)
+    keys = ["loss_function", "command", "merged", "device", "compute_dtype", "python", *PACKAGES, "platform"]
+    keys += ["git_commit", *(name for name in attrs if name.startswith("resumed_with_"))]
+    made = [f"- {key.replace('_', ' ')}: `{attrs[key]}`" for key in keys if key in attrs]
+    return ["", *(f"- {note}" for note in notes), "", "## How it was made", "", *made]
 
 
 def write_summary(
@@ -109,18 +123,12 @@ def write_summary(
         lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
         lines += words.markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
     lines += ["", *more] if more else []
-    lines += ["", *(f"- {note}" for note in summary.notes), "", "## How it was made", ""]
-    attrs = {key: plain(value) for key, value in dataset.attrs.items()}
-    made = ["loss_function", "command", "merged", "device", "compute_dtype"]
-    made += ["python", *PACKAGES, "platform", "git_commit"]
-    for key in (*made, *(name for name in attrs if name.startswith("resumed_with_"))):
-        if key in attrs:
-            lines.append(f"- {key.replace('_', ' ')}: `{attrs[key]}`")
+    lines += ending(summary.notes, dataset)
 
     document = dataclasses.asdict(summary) | {
         "confidence": CONFIDENCE,
         "units": {"accuracy": "fraction", "loss": unit, "period": "updates"},
-        "attributes": attrs,
+        "attributes": attributes(dataset),
         **(also or {}),
     }
     write_texts(Path(directory), file_name(dataset.attrs["dataset"], "summary"), lines, document)

@@ -177,7 +177,8 @@ def test_amplitudes_can_be_merged(results, tmp_path):
         assert command(*FLAGS, "--amplitude", amplitude, "--out", amplitude) == 0
     assert run_command(merge.main, "10", "20", "--out", "all") == 0
     assert {p.name for p in (tmp_path / "all").iterdir() if p.is_file()} == FILES
-    assert "## Network of A = 20, T = 12" in (tmp_path / "all" / "summary.md").read_text()
+    text = (tmp_path / "all" / "summary.md").read_text()
+    assert "## Network of A = 20, T = 12" in text and "- A = 20, T = 12: While the class's weight is rising" in text
     found = files.load(tmp_path / "all" / "results.nc").squeeze(["init", "width", "learning_rate"])
     in_order = lambda dataset: dataset.transpose(*results.dims)
     xr.testing.assert_equal(in_order(found.sel(amplitude=[1, 10])), in_order(results))
