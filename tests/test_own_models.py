@@ -181,7 +181,7 @@ def usual_promotion():
         yield
 
 
-@pytest.mark.parametrize("name", ["lbfgs", slow("backtracking"), slow("zoom")])
+@pytest.mark.parametrize("name", [name if name == "lbfgs" else slow(name) for name in SEARCHES])
 @pytest.mark.usefixtures("x64", "usual_promotion")
 def test_optimisers_that_search_along_a_line_do_as_in_a_loop_of_their_own(name):
     data, keys, optimiser = blobs(jr.key(0)), jr.split(jr.key(1), 2), SEARCHES[name]()

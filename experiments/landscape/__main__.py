@@ -89,10 +89,8 @@ def main(arguments: list[str] | None = None) -> bool:
             measured = train(tasks, **run.checkpoints)
             if not measured.finished:
                 raise KeyboardInterrupt
-            told = lambda step: console.print(f"landscapes at step {step:,} of {config.steps[-1]:,}")
-            measured = cuts.take(task, measured, config.steps, config.extent, config.following, told).assign_attrs(
-                measured.attrs
-            )
+            seen = cuts.take(task, measured, config.steps, config.extent, config.following, console.print)
+            measured = seen.assign_attrs(measured.attrs)
             results = spiral.results(tasks, measured, [config.period], "cross-entropy")
         if run.save(results):
             console.print(f"{write_outputs(results, run.directory, config.show_seed)}: {run.directory}")

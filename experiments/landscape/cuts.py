@@ -22,7 +22,6 @@ from eqx_dynloss.train import Dataset, TrainState
 from ..problems import spiral
 from ..running import signals
 from ..running.task import Observe, Task
-from ..running.terminal import console
 from ..running.wave import any_host
 
 ORDER = 60  # Lanczos products
@@ -97,7 +96,7 @@ def look(distances: Float[np.ndarray, " distances"], in_plane: Float[np.ndarray,
 
 
 def take(
-    task: Task, measured: xr.Dataset, steps: Sequence[int], extent: float, following: int, tell: Callable[[int], None]
+    task: Task, measured: xr.Dataset, steps: Sequence[int], extent: float, following: int, tell: Callable[[str], None]
 ) -> xr.Dataset:
     """The landscapes of all members at some steps, where their `parameters` were observed.
 
@@ -106,28 +105,26 @@ def take(
     - `task`, `measured`: who was trained, and what `train` gave for it.
     - `extent`: how far the cuts go, in units of the norm of the parameters.
     - `following`: how many updates of the trajectory to follow.
-    - `tell`: called with every step whose landscapes are done.
+    - `tell`: told which landscapes are done.
 
-    **Returns:** `measured` at these steps, and what `look` describes, by member. **Raises:** `KeyboardInterrupt` after
-    the step during which a signal has come.
+    **Returns:** `measured` at these steps, and what `look` describes, by member. **Raises:** `KeyboardInterrupt` before
+    the step that comes after a signal.
     """
     distances, in_plane = np.linspace(-extent, extent, 81), np.linspace(-extent, extent, 31)
     observe = look(distances, in_plane, following)
     measured, found = measured.sel(observation_step=list(steps)), []
-    with signals.first_signal(lambda name: console.print(f"{name}: stopping after this step.")) as stop:
+    with signals.first_signal(lambda name: tell(f"{name}: stopping after this step.")) as stop:
         for step in steps:
+            if any_host(stop.is_set()):
+                raise KeyboardInterrupt
             members = task.members.with_parameters(measured.parameters.sel(observation_step=step).values).padded()
             states = members.init()
             states = eqx.tree_at(lambda s: s.step, states, jnp.full_like(states.step, step))
             data = ensemble.replicate(task.data, states)
             seen = ensemble.gather(ensemble.observe(states, members.losses, data, observe))
-            own = {
-                name: (("member", *DIMS.get(name, ())), values[: len(task.members)]) for name, values in seen.items()
-            }
-            found.append(xr.Dataset(own))
-            tell(step)
-            if any_host(stop.is_set()):
-                raise KeyboardInterrupt
+            whole = xr.Dataset({name: (("member", *DIMS.get(name, ())), values) for name, values in seen.items()})
+            found.append(whole.isel(member=slice(len(task.members))))
+            tell(f"landscapes at step {step:,} of {steps[-1]:,}")
     cuts = xr.concat(found, "observation_step").assign_coords(
         distance=distances,
         distance_in_plane=in_plane,

@@ -1,6 +1,7 @@
 """Cuts through the landscape: against dense matrices, quadratics and the training itself, and the command."""
 
 import functools as ft
+import itertools
 import json
 import os
 import signal
@@ -149,16 +150,22 @@ def test_an_interrupted_run_goes_on(results, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_ctrl_c_between_landscapes_stops_there_and_the_run_goes_on(results, tmp_path, monkeypatch, capsys):
-    """The trained networks are in the checkpoint."""
-    observe = ensemble.observe
+def interrupt_at(number, monkeypatch):
+    """Presses Ctrl-C while the landscapes of that step are taken."""
+    observe, calls = ensemble.observe, itertools.count(1)
 
     def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
         return observe(*arguments)
 
+    monkeypatch.setattr(ensemble, "observe", interrupted)
+
+
+def test_ctrl_c_between_landscapes_stops_there_and_the_run_goes_on(results, tmp_path, monkeypatch, capsys):
+    """The trained networks are in the checkpoint."""
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "observe", interrupted)
+        interrupt_at(1, patch)
         assert command(*FLAGS, "--out", "run") == 130
     said = capsys.readouterr().out
     assert "landscapes at step 12 of 21" in said and "landscapes at step 15" not in said
@@ -167,6 +174,12 @@ def test_ctrl_c_between_landscapes_stops_there_and_the_run_goes_on(results, tmp_
     xr.testing.assert_equal(
         files.load(tmp_path / "run" / "results.nc").squeeze(["init", "width", "learning_rate"]), results
     )
+
+
+def test_ctrl_c_in_the_last_landscapes_comes_too_late(results, tmp_path, monkeypatch):
+    interrupt_at(len(STEPS), monkeypatch)
+    assert command(*FLAGS, "--out", "run") == 0
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_file()} == FILES
 
 
 @pytest.mark.slow
