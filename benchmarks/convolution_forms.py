@@ -1,6 +1,6 @@
 """Ways to write the convolutions of several members, from which `eqx_dynloss.convolution` has chosen.
 
-The arithmetic is the same in all. Every form takes images `[members, batch, height, width, channels]` and kernels
+The arithmetic is the same in all. Every form takes images `[members, batch, channels, height, width]` and kernels
 `[members, 3, 3, channels, channels]`.
 """
 
@@ -18,7 +18,7 @@ Form = Callable[[Array, Array], Array]
 
 def plain(x: Array, k: Array) -> Array:
     """XLA's own convolution, of one member."""
-    return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
 
 
 def nine_products(x: Array, k: Array) -> Array:
@@ -28,7 +28,7 @@ def nine_products(x: Array, k: Array) -> Array:
 
 def product_of_patches(x: Array, k: Array) -> Array:
     """One product of matrices a member, with the nine neighbours of every pixel side by side."""
-    return _product(jnp.concatenate(_windows(x), -1), k.reshape(len(k), 9 * k.shape[3], k.shape[4]))
+    return _product(jnp.concatenate(_windows(x), 2), k.reshape(len(k), 9 * k.shape[3], k.shape[4]))
 
 
 FORMS: dict[str, Form] = {
@@ -50,10 +50,10 @@ def with_gradients(form: Form) -> Callable[[Array, Array, Array], Any]:
 
 
 def _windows(x: Array) -> list[Array]:
-    height, width = x.shape[2:4]
-    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    return [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    height, width = x.shape[3:]
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
+    return [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
 def _product(x: Array, matrices: Array) -> Array:
-    return jnp.einsum("snhwi,sio->snhwo", x, matrices)
+    return jnp.einsum("snihw,sio->snohw", x, matrices)

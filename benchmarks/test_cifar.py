@@ -7,6 +7,7 @@ last; eager and by `torch.compile`), and PyTorch's stacked parameters under `tor
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ def ours(
     start = ensemble.init(make_model, optimiser, keys, devices=devices)
     everywhere = ensemble.replicate(data, start)
     on_cpu = jax.default_backend() == "cpu"
-    microbatch_size = cpu_microbatch_size(len(data), width) if on_cpu else None
+    microbatch_size = cpu_microbatch_size(len(data), math.prod(data.inputs.shape[1:3])) if on_cpu else None
 
     def call():
         states = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, start)  # donated

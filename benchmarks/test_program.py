@@ -41,7 +41,7 @@ def test_one_program_for_any_number_of_members(record):
         own = sum(leaf.nbytes for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array))
         jax.clear_caches()
         start = time.perf_counter()
-        options = {"num_steps": 4, "batch_size": batch, "microbatch_size": cpu_microbatch_size(batch, width)}
+        options = {"num_steps": 4, "batch_size": batch, "microbatch_size": cpu_microbatch_size(batch, 32 * 32)}
         peak = ensemble.peak_memory(states, *rest, **options)
         return time.perf_counter() - start, peak - own
 

@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from eqx_dynloss_kernels.operands import accumulation_dtype
 from eqx_dynloss_kernels.primitives import run, vary_alike
 from jax import lax
@@ -26,44 +27,55 @@ from jaxtyping import Array, Float
 
 
 def conv3x3(
-    images: Float[Array, "*batch height width in_channels"],
+    images: Float[Array, "*batch in_channels height width"],
     kernel: Float[Array, "3 3 in_channels out_channels"],
-) -> Float[Array, "*batch height width out_channels"]:
-    """Convolution with zero padding (SAME) and stride 1; channels last, any batch shape.
+) -> Float[Array, "*batch out_channels height width"]:
+    """Convolution with zero padding (SAME) and stride 1; channels first, as in Equinox, any batch shape.
 
     The same function as `lax.conv_general_dilated(images, kernel, (1, 1), "SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"))`, with every derivative, `vmap`, `scan` and `remat`. A pixel that is
-    infinite or NaN may, on a CPU and with up to 16 channels, make NaN of up to three more columns beside it.
+    dimension_numbers=("NCHW", "HWIO", "NCHW"))`, with every derivative, `vmap`, `scan` and `remat`.
 
     **Arguments:**
 
-    - `images`: `[..., H, W, I]`.
+    - `images`: `[..., I, H, W]`.
     - `kernel`: `[3, 3, I, O]`, of the same dtype.
 
-    **Returns:** `[..., H, W, O]`.
+    **Returns:** `[..., O, H, W]`.
     """
-    if kernel.shape[:3] != (3, 3, images.shape[-1]) or kernel.ndim != 4:
+    if images.ndim < 3 or kernel.ndim != 4 or kernel.shape[:3] != (3, 3, images.shape[-3]):
         raise ValueError(
-            f"kernel must have shape [3, 3, in_channels, out_channels] for images of {images.shape[-1]} channels, "
-            f"got {kernel.shape}."
+            "images must have shape [..., in_channels, height, width] and the kernel [3, 3, in_channels, "
+            f"out_channels], got {images.shape} and {kernel.shape}."
         )
     flat = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
-    return _conv_p.bind(*vary_alike(flat, kernel)).reshape(*images.shape[:-1], kernel.shape[-1])
-
-
-CACHED = 2**19  # numbers: 2 MiB in float32
-
-_plain = ft.partial(
-    lax.conv_general_dilated,
-    window_strides=(1, 1),
-    padding=((1, 1), (1, 1)),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-)
+    out = _conv_p.bind(*vary_alike(flat, kernel))
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
 
 
 def _conv(x, k):
-    """[N,H,W,I], [3,3,I,O] → [N,H,W,O]"""
-    return _plain(_at_least_8_channels(x, 3), _at_least_8_channels(k, 2))
+    """[N,I,H,W], [3,3,I,O] → [N,O,H,W]"""
+    return _plain(_at_least_8_channels(x, 1), _at_least_8_channels(k, 2), ("NCHW", "HWIO", "NCHW"))
+
+
+def _input_grad(dy, k):
+    """[N,O,H,W], [3,3,I,O] → [N,I,H,W]: a convolution with the kernel flipped and its channels swapped."""
+    return _conv(dy, _transposed(k))
+
+
+def _weight_grad(x, dy):
+    """[N,I,H,W], [N,O,H,W] → [3,3,I,O]: channels play the part of the batch, and the batch that of the channels.
+
+    A GPU sums in float32 by itself: asked for a float32 result, it would first write float32 copies of both operands.
+    """
+    return _plain(_at_least_8_channels(x, 1), dy, ("CNHW", "IOHW", "HWNC"))[:, :, : x.shape[1]]
+
+
+def _plain(x, k, dimension_numbers):
+    return lax.conv_general_dilated(x, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimension_numbers)
+
+
+def _transposed(k):
+    return k[::-1, ::-1].swapaxes(2, 3)
 
 
 def _at_least_8_channels(x, axis):
@@ -72,100 +84,94 @@ def _at_least_8_channels(x, axis):
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
 
+CACHED = 2**17  # numbers: 512 KiB in float32
+
+
 def _conv_cpu(x, k):
-    """The same. Of few channels, neighbouring columns of the output are channels of one position: more for a register.
+    """The same, as one product for every image: of all rows of the kernel with the image and its left and right
+    neighbours. Its results, one for each row of the kernel, are then added, a row further down each.
 
-    Such a block of columns sees two columns more than it has, and each of its columns the kernel one further right.
+    The long side of the product are pixels, so that few channels are as fast as many; of a convolution on XLA:CPU it
+    are channels, and 16 reach half the speed of 64.
     """
-    width, (in_channels, out_channels) = x.shape[2], k.shape[2:]
-    block = _block_of_columns(in_channels, out_channels)
-    if block == 1:
-        return _plain(x, k)
-    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1 + -width % block), (0, 0)))
-    shifted = [jnp.pad(k, ((0, 0), (j, block - 1 - j), (0, 0), (0, 0))) for j in range(block)]
-    out = _plain(padded, jnp.concatenate(shifted, -1), window_strides=(1, block), padding=((1, 1), (0, 0)))
-    return out.reshape(*x.shape[:2], block * out.shape[2], out_channels)[:, :, :width]
+    _, in_channels, height, width = x.shape
+    out_channels = k.shape[3]
+    rows = k.transpose(0, 3, 1, 2).reshape(3 * out_channels, 3 * in_channels)
 
+    def some(x):
+        parts = _products(jnp.broadcast_to(rows, (len(x), *rows.shape)), _columns(x), ((2,), (1,)))
+        above, beside, below = jnp.moveaxis(parts.reshape(len(x), 3, out_channels, height * width), 1, 0)
+        out = _down(above, width) + beside + _down(below, -width)
+        out = lax.optimization_barrier(out)
+        return out.astype(x.dtype).reshape(len(x), out_channels, height, width)
 
-def _block_of_columns(in_channels, out_channels):
-    """How many columns: with what updates of Myrtle at widths 8 to 64 are fastest on jax 0.10.2 and 0.12 alike.
-
-    A layer of 8 images of 32×32 takes one core 0.68 times as long with 0.10.2 (0.97 times with 0.12) from 16 to 16
-    channels, 0.6 (0.6) from 8 to 8, and, of four columns, 0.31 (0.78) from 3 to 16; from 32 to 32 it took 1.3 (1.3).
-    """
-    if in_channels > 16 or out_channels > 32:
-        return 1
-    most = 4 if in_channels < 8 else 2
-    return most if out_channels <= 16 else most // 2
-
-
-def _input_grad(dy, k):
-    """[N,H,W,O], [3,3,I,O] → [N,H,W,I]: a convolution with the kernel flipped and its channels swapped."""
-    return _conv(dy, _transposed(k))
+    parts = _cached_parts(3 * max(in_channels, out_channels), x)
+    return some(x) if len(parts) < 2 else lax.map(some, parts).reshape(len(x), out_channels, height, width)
 
 
 def _input_grad_cpu(dy, k):
     return _conv_cpu(dy, _transposed(k))
 
 
-def _transposed(k):
-    return k[::-1, ::-1].swapaxes(2, 3)
-
-
-def _weight_grad(x, dy):
-    """[N,H,W,I], [N,H,W,O] → [3,3,I,O]
-
-    A GPU sums in float32 by itself: asked for a float32 result, it would first write float32 copies of both operands.
-    """
-    padded = _at_least_8_channels(x, 3)
-    return _weight_conv(padded, dy)[:, :, : x.shape[3]]
-
-
-def _weight_conv(x, dy, padding=((1, 1), (1, 1)), **options):
-    """Channels play the part of the batch, and the batch that of the channels."""
-    dw = _plain(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), padding=padding, **options)
-    return dw.transpose(1, 2, 0, 3)
-
-
-def _wide_weight_grad(x, dy, **options):
-    """The same, in float32 for 16-bit inputs: it sums over many images and pixels."""
-    return _weight_conv(x, dy, preferred_element_type=accumulation_dtype(x.dtype), **options)
-
-
 def _weight_grad_cpu(x, dy):
-    """The same, summed over chunks of images that stay in the cache.
+    """The same, a product for every image, of what `_conv_cpu` makes of it and of the gradient in all rows.
 
-    With chunks of twice the size an update of Myrtle5-64 takes 1.2 times as long. From 8 to 8 channels, pairs of
-    columns take 0.6 times as long as single ones, from 16 to 16, 0.8 to 1.2 times.
+    Sums over images and pixels are in float32 for 16-bit numbers.
     """
-    x, dy = lax.optimization_barrier((x, dy))  # or XLA computes them again, element by element, as it transposes them
-    num_images, height, width, in_channels = x.shape
-    out_channels = dy.shape[-1]
-    wide_grad = _weight_grad_of_pairs if max(in_channels, out_channels) <= 8 else _wide_weight_grad
-    chunk = max(1, min(num_images, CACHED // (height * width * (in_channels + out_channels))))
-    num_chunks, rest = divmod(num_images, chunk) if num_images else (0, 0)
-    if num_chunks < 2:
-        return wide_grad(x, dy).astype(x.dtype)
+    in_channels, out_channels = x.shape[1], dy.shape[1]
 
-    def add(total, start):
-        parts = (lax.dynamic_slice_in_dim(a, start, chunk) for a in (x, dy))
-        return total + wide_grad(*parts), None
+    def some(x, dy):
+        return jnp.sum(_products(_columns(x), _rows(dy), ((2,), (2,))), 0)
 
-    first = chunk + rest  # what is left over goes with the first chunk
-    total = wide_grad(x[:first], dy[:first])
-    return lax.scan(add, total, jnp.arange(first, num_images, chunk))[0].astype(x.dtype)
+    first, *_ = parts = [_cached_parts(3 * max(in_channels, out_channels), a) for a in (x, dy)]
+    if len(first) < 2:
+        total = some(x, dy)
+    else:
+        add = lambda total, part: (total + some(*part), None)
+        total, _ = lax.scan(add, some(*(a[0] for a in parts)), tuple(a[1:] for a in parts))
+    dw = total.reshape(3, in_channels, 3, out_channels).transpose(2, 0, 1, 3)
+    return dw[::-1].astype(x.dtype)
 
 
-def _weight_grad_of_pairs(x, dy):
-    """`_wide_weight_grad` with pairs of columns as channels, twice as many, for a kernel of two pairs' width."""
-    num_images, height, width, in_channels = x.shape
-    pairs = (width + 1) // 2
-    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1 + width % 2), (0, 0)))
-    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, width % 2), (0, 0)))
-    x = x.reshape(num_images, height, pairs + 1, 2 * in_channels)
-    dy = dy.reshape(num_images, height, pairs, 2 * dy.shape[-1])
-    dw = _wide_weight_grad(x, dy, padding=((1, 1), (0, 0))).reshape(3, 4, in_channels, 2, -1)
-    return dw[:, :3, :, 0] + dw[:, 1:, :, 1]  # what either column of a pair sees
+def _products(a, b, contracting):
+    """Of matrices, one for every image."""
+    dimensions = (contracting, ((0,), (0,)))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=accumulation_dtype(a.dtype))
+
+
+def _columns(x):
+    """[N,C,H,W] → [N,3C,H·W]: every pixel's left neighbour, itself, its right neighbour."""
+    column = np.arange(x.shape[2] * x.shape[3]) % x.shape[3]
+    left, here, right = _neighbours(x, 1)
+    left, right = jnp.where(column > 0, left, 0), jnp.where(column < x.shape[3] - 1, right, 0)
+    return jnp.concatenate([left, here, right], 1)
+
+
+def _rows(x):
+    """[N,C,H,W] → [N,3C,H·W]: the pixel above every pixel, itself, the pixel below."""
+    return jnp.concatenate(_neighbours(x, x.shape[3]), 1)
+
+
+def _neighbours(x, distance):
+    """[N,C,H,W] → three [N,C,H·W]: the pixels so far before each in the order of memory, themselves, those after."""
+    num_images, channels, height, width = x.shape
+    pixels = height * width
+    padded = jnp.pad(x.reshape(num_images, channels, pixels), ((0, 0), (0, 0), (distance, distance)))
+    padded = lax.optimization_barrier(padded)  # or what x is made of is computed three times
+    return [padded[..., start : start + pixels] for start in (0, distance, 2 * distance)]
+
+
+def _down(x, pixels):
+    """Images in one axis, moved along it; zeros follow."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [*[(0, 0, 0)] * (x.ndim - 1), (pixels, -pixels, 0)])
+
+
+def _cached_parts(copies, x):
+    """[N,…] → [parts,N/parts,…], so that so many copies of a part's pixels stay in the cache."""
+    num_images, _, height, width = x.shape
+    most = max(1, CACHED // (copies * height * width))
+    size = next((n for n in range(min(most, num_images), 0, -1) if num_images % n == 0), 1)
+    return x.reshape(num_images // size, size, *x.shape[1:])
 
 
 def _primitive(name, function, cpu_function, free_axes, output_axes):
@@ -202,9 +208,9 @@ def _primitive(name, function, cpu_function, free_axes, output_axes):
     return primitive
 
 
-_conv_p = _primitive("conv3x3", _conv, _conv_cpu, free_axes=(0, 3), output_axes=(0, 3))
-_input_grad_p = _primitive("conv3x3_input_grad", _input_grad, _input_grad_cpu, free_axes=(0, 2), output_axes=(0, 3))
-_weight_grad_p = _primitive("conv3x3_weight_grad", _weight_grad, _weight_grad_cpu, free_axes=(3, 3), output_axes=(2, 3))
+_conv_p = _primitive("conv3x3", _conv, _conv_cpu, free_axes=(0, 3), output_axes=(0, 1))
+_input_grad_p = _primitive("conv3x3_input_grad", _input_grad, _input_grad_cpu, free_axes=(0, 2), output_axes=(0, 1))
+_weight_grad_p = _primitive("conv3x3_weight_grad", _weight_grad, _weight_grad_cpu, free_axes=(1, 1), output_axes=(2, 3))
 
 ad.defbilinear(_conv_p, lambda ct, x, k: _input_grad_p.bind(ct, k), lambda ct, x, k: _weight_grad_p.bind(x, ct))
 ad.defbilinear(_input_grad_p, lambda ct, dy, k: _conv_p.bind(ct, k), lambda ct, dy, k: _weight_grad_p.bind(ct, dy))

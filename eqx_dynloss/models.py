@@ -58,7 +58,7 @@ class MLP(eqx.Module):
 
 
 class Convolution(eqx.Module):
-    """A 3×3 convolution with bias, He-normal weights and biases that start at 0. Channels last."""
+    """A 3×3 convolution with bias, He-normal weights and biases that start at 0. Channels first."""
 
     kernel: Float[Array, "3 3 in_channels out_channels"]
     bias: Float[Array, " out_channels"]
@@ -69,21 +69,23 @@ class Convolution(eqx.Module):
         self.kernel = matrix.reshape(3, 3, in_channels, out_channels)
         self.bias = jnp.zeros(out_channels)
 
-    def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, "height width out_channels"]:
+    def __call__(self, x: Float[Array, "in_channels height width"]) -> Float[Array, "out_channels height width"]:
         """In the dtype of `x`."""
         return _add_bias(conv3x3(x, self.kernel.astype(x.dtype)), self.bias)
 
 
 @jax.custom_jvp
-def _add_bias(x: Float[Array, "*shape channels"], bias: Float[Array, " channels"]) -> Float[Array, "*shape channels"]:
-    return x + jnp.broadcast_to(bias, x.shape).astype(x.dtype)
+def _add_bias(
+    x: Float[Array, "channels height width"], bias: Float[Array, " channels"]
+) -> Float[Array, "channels height width"]:
+    return x + jnp.broadcast_to(bias[:, None, None], x.shape).astype(x.dtype)
 
 
 @_add_bias.defjvp
 def _(primals, tangents):
     (x, bias), (dx, dbias) = primals, tangents
     # In the dtype of the bias, in which its gradient is then a sum over images and pixels: in bfloat16 it is far off.
-    wide = dx.astype(bias.dtype) + jnp.broadcast_to(dbias, x.shape)
+    wide = dx.astype(bias.dtype) + jnp.broadcast_to(dbias[:, None, None], x.shape)
     return _add_bias(x, bias), wide.astype(x.dtype)
 
 
@@ -130,12 +132,12 @@ class Myrtle(eqx.Module):
     def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, " num_classes"]:
         """`x` is one image, channels last, its height and width divisible by 4."""
         first, second, third, fourth = self.convolutions
-        x = x.astype(self.compute_dtype or self.head.weight.dtype)
+        x = x.transpose(2, 0, 1).astype(self.compute_dtype or self.head.weight.dtype)
         x = _relu(first(x))
         x = _pool(_relu(second(x)))
         x = _pool(_relu(third(x)))
         x = _relu(fourth(x))
-        return self.head(jnp.mean(x.astype(self.head.weight.dtype), (0, 1)))
+        return self.head(jnp.mean(x.astype(self.head.weight.dtype), (1, 2)))
 
 
 @jax.custom_jvp
@@ -151,21 +153,21 @@ def _(primals, tangents):
 
 
 @jax.custom_jvp
-def _pool(x: Float[Array, "height width channels"]) -> Float[Array, "height/2 width/2 channels"]:
+def _pool(x: Float[Array, "channels height width"]) -> Float[Array, "channels height/2 width/2"]:
     """The mean of every 2×2 pixels. As sums of slices, which XLA:CPU fuses with the ReLU before them."""
     x = _squares(x)
-    return 0.25 * ((x[:, 0, :, 0] + x[:, 0, :, 1]) + (x[:, 1, :, 0] + x[:, 1, :, 1]))
+    return 0.25 * ((x[:, :, 0, :, 0] + x[:, :, 0, :, 1]) + (x[:, :, 1, :, 0] + x[:, :, 1, :, 1]))
 
 
 @_pool.defjvp
 def _(primals, tangents):
     # The transpose of a mean is a broadcast, which is fused as well; that of slices is not.
-    return _pool(*primals), jnp.mean(_squares(*tangents), (1, 3))
+    return _pool(*primals), jnp.mean(_squares(*tangents), (2, 4))
 
 
-def _squares(x: Float[Array, "height width channels"]) -> Float[Array, "height/2 2 width/2 2 channels"]:
-    height, width, channels = x.shape
-    return x.reshape(height // 2, 2, width // 2, 2, channels)
+def _squares(x: Float[Array, "channels height width"]) -> Float[Array, "channels height/2 2 width/2 2"]:
+    channels, height, width = x.shape
+    return x.reshape(channels, height // 2, 2, width // 2, 2)
 
 
 def _linear(in_size: int, out_size: int, init: str, use_bias: bool = True, *, key: PRNGKeyArray) -> eqx.nn.Linear:

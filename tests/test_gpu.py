@@ -69,7 +69,7 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
     rng = np.random.RandomState(0)
     x, k, dy = (
         rng.randn(*shape, *rest)
-        for rest in [(8, size, size, channels[0]), (3, 3, *channels), (8, size, size, channels[1])]
+        for rest in [(8, channels[0], size, size), (3, 3, *channels), (8, channels[1], size, size)]
     )
 
     def all_three(function, *args):
