@@ -101,7 +101,7 @@ def test_convolution_forms(record):
     often as it runs. The arithmetic is the same in all forms, 889 to 932 GFLOP as XLA counts them before it optimises.
     """
     size = 32 if record.full else 8
-    images = jax.ShapeDtypeStruct((MEMBERS, BATCH, WIDTH, size, size), jnp.float32)
+    images = jax.ShapeDtypeStruct((MEMBERS, BATCH, size, size, WIDTH), jnp.float32)
     kernels = jax.ShapeDtypeStruct((MEMBERS, 3, 3, WIDTH, WIDTH), jnp.float32)
     forms = FORMS if record.full else {"ours, mapped": FORMS["ours, mapped"]}
     case = f"{MEMBERS} members"

@@ -34,12 +34,12 @@ def test_forms(compare: Compare, members: int, batch: int, size: int, channels: 
 
 def race(compare: Compare, members: int, batch: int, size: int, channels: int) -> None:
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((2, members, batch, channels, size, size), np.float32)
+    images = rng.standard_normal((2, members, batch, size, size, channels), np.float32)
     kernels = rng.standard_normal((members, 3, 3, channels, channels), np.float32)
     args = [jnp.asarray(array) for array in (images[0], kernels, images[1])]
     compare(
         SUBJECT,
-        f"{members} members, {batch} x {channels} x {size} x {size}",
+        f"{members} members, {batch} x {size} x {size} x {channels}",
         [jitted(name, with_gradients(form), *args) for name, form in FORMS.items()],
         view=lambda result: (result[0][:, :2], result[1][0][:, :2], result[1][1]),  # two images of each member
         tolerance=1e-5 if jax.default_backend() == "cpu" else TF32,

@@ -15,10 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.convolution_forms import plain, with_gradients
+from benchmarks.convolution_forms import ours, plain, with_gradients
 from benchmarks.precision import gradient_errors
 from eqx_dynloss import ensemble, landscape
-from eqx_dynloss.convolution import conv3x3
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights
@@ -69,7 +68,7 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
     rng = np.random.RandomState(0)
     x, k, dy = (
         rng.randn(*shape, *rest)
-        for rest in [(8, channels[0], size, size), (3, 3, *channels), (8, channels[1], size, size)]
+        for rest in [(8, size, size, channels[0]), (3, 3, *channels), (8, size, size, channels[1])]
     )
 
     def all_three(function, *args):
@@ -80,10 +79,10 @@ def test_convolution_and_both_gradients_are_those_of_float64(size, channels, mem
         expected = all_three(plain, *map(jnp.asarray, (x, k, dy)))
     with jax.default_matmul_precision(precision):
         narrow = (jnp.asarray(a, jnp.float32) for a in (x, k, dy))
-        actual = all_three(conv3x3, *narrow)
-    for ours, theirs in zip(actual, map(np.asarray, expected), strict=True):
-        assert ours.devices() == {jax.devices("gpu")[0]}
-        assert np.abs(np.asarray(ours) - theirs).sum() <= tolerance * np.abs(theirs).sum()
+        actual = all_three(ours, *narrow)
+    for found, theirs in zip(actual, map(np.asarray, expected), strict=True):
+        assert found.devices() == {jax.devices("gpu")[0]}
+        assert np.abs(np.asarray(found) - theirs).sum() <= tolerance * np.abs(theirs).sum()
 
 
 @pytest.mark.parametrize(
