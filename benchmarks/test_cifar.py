@@ -43,7 +43,8 @@ class Case:
 
     **Fields:**
 
-    - `platform`: a call is `steps` updates, which take seconds on a CPU and a fraction of one on a GPU.
+    - `platform`: a call is `steps` updates, which take the better part of a second or longer on a CPU, as a chunk of
+        training does, and a fraction of one on a GPU.
     - `rounds`: the least number of them. With 512 images a call of the jitted step takes as long as 20 seconds.
     """
 
@@ -58,9 +59,9 @@ class Case:
 
 JAX, TORCH = ("jitted step", "vmapped step"), ("torch", "torch.func.vmap")
 CASES = [
-    Case("cpu", 8, 32, 16, 4, 3, ("jitted step", "torch", COMPILED)),  # the size of the quick preset
+    Case("cpu", 8, 32, 16, 16, 3, ("jitted step", "torch", COMPILED)),  # the size of the quick preset
     *(
-        Case("cpu", members, batch, width, max(1, 128 // batch * 16 // width), 3, ("jitted step", "torch", COMPILED))
+        Case("cpu", members, batch, width, max(1, 512 // batch * 16 // width), 3, ("jitted step", "torch", COMPILED))
         for width in (16, 8, 32, 64)
         for batch in (64, 512)
         for members in (4, 8)

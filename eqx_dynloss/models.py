@@ -130,7 +130,7 @@ class Myrtle(eqx.Module):
         self.head = _linear(width, num_classes, "he", key=keys[4])
 
     def __call__(self, x: Float[Array, "height width in_channels"]) -> Float[Array, " num_classes"]:
-        """`x` is one image, channels last, its height and width divisible by 4."""
+        """`x` is one image, as it is stored, channels last; its height and width divisible by 4."""
         first, second, third, fourth = self.convolutions
         x = x.transpose(2, 0, 1).astype(self.compute_dtype or self.head.weight.dtype)
         x = _relu(first(x))

@@ -134,6 +134,24 @@ def test_weight_gradient_in_chunks_equals_the_whole(num_images, size, channels):
     check_gradient(num_images, size, channels)
 
 
+@pytest.mark.parametrize("which", ["convolution", "input gradient", "weight gradient"])
+def test_many_images_take_hardly_more_memory_than_few(which):
+    """On a CPU: copies of all of them at once were three times as large as they are."""
+
+    def temporaries(num_images):
+        x, k = jnp.zeros((num_images, 16, 32, 32)), jnp.zeros((3, 3, 16, 16))
+        function = {
+            "convolution": lambda x, k: conv3x3(x, k),
+            "input gradient": lambda dy, k: jax.vjp(lambda x: conv3x3(x, k), x)[1](dy),
+            "weight gradient": lambda x, dy: jax.vjp(lambda k: conv3x3(x, k), k)[1](dy),
+        }[which]
+        args = (x, x) if which == "weight gradient" else (x, k)
+        return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(4), temporaries(64)
+    assert many < 1.5 * few + 64 * 16 * 32 * 32 * 8, (few, many)
+
+
 @pytest.mark.parametrize("width", [1, slow(2), slow(6), slow(3), 9])
 @pytest.mark.parametrize("channels", [(1, 1), (3, 8), (3, 16), (3, 32), (7, 5), (8, 8), (16, 3), (16, 16), (12, 17)])
 def test_few_channels_at_any_width(channels, width):
