@@ -13,6 +13,7 @@ from eqx_dynloss import convolution
 from eqx_dynloss.convolution import conv3x3
 
 from .helpers import slow, tree_allclose, undecorated
+from .kernels import hlo
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -146,10 +147,10 @@ def test_many_images_take_hardly_more_memory_than_few(which):
             "weight gradient": lambda x, dy: jax.vjp(lambda k: conv3x3(x, k), k)[1](dy),
         }[which]
         args = (x, x) if which == "weight gradient" else (x, k)
-        return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        return hlo.temporary_bytes(jax.jit(function).lower(*args).compile())
 
     few, many = temporaries(4), temporaries(64)
-    assert many < 1.5 * few + 64 * 16 * 32 * 32 * 8, (few, many)
+    assert many < 2 * few + 1e5, (few, many)
 
 
 @pytest.mark.parametrize("width", [1, slow(2), slow(6), slow(3), 9])
