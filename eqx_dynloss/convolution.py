@@ -99,6 +99,7 @@ def _conv_cpu(x, k):
     """
     _, in_channels, height, width = x.shape
     out_channels = k.shape[3]
+    # Concatenated, which XLA does once before a loop over images; a transposition alone it would repeat in it.
     rows = jnp.concatenate([k[i].transpose(2, 0, 1).reshape(out_channels, 3 * in_channels) for i in range(3)])
 
     def some(x):
