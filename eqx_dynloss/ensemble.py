@@ -195,17 +195,22 @@ def default_block_size(model: PyTree, platform: str) -> int:
     H100: sixteen small Myrtles side by side took 1.14 times as long as one after another. For other networks on an
     accelerator a guess.
     """
-    convolutional = any(leaf.ndim > 3 for leaf in jax.tree.leaves(model) if eqx.is_array(leaf))
-    return 1 if convolutional or platform == "cpu" else 2**31
+    return 1 if _convolutional(model) or platform == "cpu" else 2**31
 
 
-def _evaluated_at_once(numbers: int, platform: str) -> int:
-    """Examples of so many numbers each.
+def _convolutional(model: PyTree) -> bool:
+    return any(leaf.ndim > 3 for leaf in jax.tree.leaves(model) if eqx.is_array(leaf))
 
-    On a CPU one image of CIFAR-10's size, with which it takes Myrtle5 of widths 16 and 64 0.6 and 0.8 times as long as
-    256 at once, whose activations leave the cache; more of what is smaller.
+
+def _evaluated_at_once(model: PyTree, example: tuple[int, ...], platform: str) -> int:
+    """How many examples of a shape, for one member.
+
+    With convolutions on a CPU one image of CIFAR-10's size, which takes Myrtle5 of widths 16 and 64 0.6 and 0.8 times
+    as long as 256 at once, whose activations leave the cache; more of what is smaller.
     """
-    return max(1, min(256, 4096 // numbers)) if platform == "cpu" else 256
+    if platform == "cpu" and _convolutional(model):
+        return max(1, min(256, 4096 // math.prod(example)))
+    return 256
 
 
 def _block_size(states: TrainState, given: int | None) -> int:
@@ -247,9 +252,8 @@ class _Chunk(eqx.Module):
 
     def _evaluate(self, name: str, model: PyTree, base: BaseLoss) -> Metrics:
         data = self.sets[name]
-        platform = self.mesh.devices.flat[0].platform
-        batch_size = _evaluated_at_once(math.prod(data.inputs.shape[1:]), platform)
-        evaluate = ft.partial(train.evaluate, model, data, batch_size=batch_size, base=base)
+        at_once = _evaluated_at_once(model, data.inputs.shape[1:], self.mesh.devices.flat[0].platform)
+        evaluate = ft.partial(train.evaluate, model, data, batch_size=at_once, base=base)
         nothing = jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), eqx.filter_eval_shape(evaluate))
         return lax.cond(self.due[name], evaluate, lambda: nothing)
 

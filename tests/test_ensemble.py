@@ -151,9 +151,10 @@ def test_observations_are_those_of_every_member(block_size, getkey):
     assert tree_allclose(weight, jax.vmap(of_class_0)(losses()))
 
 
-def test_evaluations_are_those_of_every_member(getkey):
-    keys, data, other = jr.split(getkey(), 5), dataset(make_mlp, getkey()), dataset(make_mlp, getkey())
-    states = ensemble.init(make_mlp, OPTIMISER, keys)
+@pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
+def test_evaluations_are_those_of_every_member(make_model, getkey):
+    keys, data, other = jr.split(getkey(), 5), dataset(make_model, getkey()), dataset(make_model, getkey())
+    states = ensemble.init(make_model, OPTIMISER, keys)
     states, _, _, evaluated = ensemble.train_chunk(
         states, losses(), OPTIMISER, data, num_steps=3, evaluations={"train": (data, True), "other": (other, True)}
     )
@@ -161,6 +162,23 @@ def test_evaluations_are_those_of_every_member(getkey):
         for i in range(5):
             expected = train.evaluate(member(states.model, i), evaluation)
             assert tree_allclose(member(evaluated[name], i), expected)
+
+
+@pytest.mark.parametrize(
+    "make_model, example, platform, expected",
+    [
+        (make_myrtle, (32, 32, 3), "cpu", 1),
+        (make_myrtle, (8, 8, 1), "cpu", 64),
+        (make_myrtle, (1, 1, 1), "cpu", 256),
+        (make_myrtle, (512, 512, 3), "cpu", 1),
+        (make_mlp, (3072,), "cpu", 256),  # alone, an example would read every weight for itself
+        (make_myrtle, (32, 32, 3), "gpu", 256),
+    ],
+)
+def test_only_large_images_under_convolutions_are_evaluated_one_by_one_on_a_cpu(
+    make_model, example, platform, expected, getkey
+):
+    assert ensemble._evaluated_at_once(make_model(getkey()), example, platform) == expected
 
 
 def test_a_member_that_diverges_is_frozen_flagged_and_disturbs_nobody(getkey):

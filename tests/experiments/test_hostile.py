@@ -176,6 +176,15 @@ def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
 # The end of a terminal
 
 
+@pytest.fixture
+def hangups():
+    """SIGHUP has its usual effect here, and in processes that are started, also where the tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_hangup_saves_first(tmp_path):
     process = start([*SPIRAL, "--out", tmp_path / "run"])
     wait_for(process, "of 400 (")
@@ -185,6 +194,7 @@ def test_a_hangup_saves_first(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups")
 def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     """A session of its own on a pseudo-terminal, whose other end goes away: what closing a window does."""
     pid, terminal = pty.fork()
@@ -217,6 +227,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
     assert results(tmp_path / "run").attrs["finished"] == "true"
 
 
+@pytest.mark.usefixtures("hangups")
 def test_a_second_hangup_is_no_impatience():
     told = []
     with pytest.raises(KeyboardInterrupt), signals.first_signal(told.append) as event:
