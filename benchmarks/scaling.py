@@ -1,8 +1,8 @@
 """How the speed of training scales with members, width and devices: `python -m benchmarks.scaling`.
 
 Trains Myrtle5 ensembles of 1 to 64 members and widths 16 to 128, on one device and on all (on a CPU, one per core), and
-leaves `scaling-….json` and `scaling-….png` in `results/`. Five minutes on two cores. Rounds go over all cases, so that
-none has a quieter time than the others.
+leaves `scaling-….json` and `scaling-….png` in `results/`. Two to five minutes on two cores. Rounds go over all
+cases, so that none has a quieter time than the others.
 """
 
 import argparse

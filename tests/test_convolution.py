@@ -1,5 +1,7 @@
 """The oracle is `lax.conv_general_dilated` with JAX's own derivatives and batching, in float64."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -98,6 +100,13 @@ def test_equals_xlas_convolution_under(transform):
     check(transform)
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp of grad", "scan", "shard_map"])
+def test_equals_xlas_convolution_image_by_image_under(transform, monkeypatch):
+    """As of many images on a CPU, a cacheful at a time."""
+    monkeypatch.setattr(convolution, "CACHED", 1)
+    check(lambda *args: jax.jit(ft.partial(TRANSFORMS[transform], args[0]))(*args[1:]))
+
+
 BATCHED = {
     "value": lambda c: c,
     "grad": gradient,
@@ -178,6 +187,7 @@ def test_a_pixel_that_is_not_finite_is_not_lost_and_stays_near(value, channels):
     ours, theirs = (np.isfinite(conv(jnp.asarray(x), jnp.asarray(k))) for conv in (conv3x3, reference))
     np.testing.assert_array_equal(ours, theirs)
     assert not np.all(ours)
+    assert np.all(ours[1]) and np.all(ours[0, ..., :4]) and np.all(ours[0, ..., 13:])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -219,10 +229,11 @@ def test_what_gpus_run_are_the_same_three_maps(dtype, channels):
         np.testing.assert_array_equal(actual.astype(float), expected)
 
 
-def test_members_never_make_a_grouped_convolution():
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_members_never_make_a_grouped_convolution(platform):
     x, k = jnp.zeros((4, 2, 3, 8, 8)), jnp.zeros((4, 3, 3, 3, 5))
-    text = jax.jit(jax.vmap(gradient(conv3x3))).trace(x, k).lower(lowering_platforms=("cuda",)).as_text()
-    assert "convolution" in text
+    text = jax.jit(jax.vmap(gradient(conv3x3))).trace(x, k).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.convolution" in text) == (platform == "cuda")  # on a CPU products
     assert "feature_group_count = 1" in text or "feature_group_count" not in text
     assert not any(f"group_count = {n}" in text for n in range(2, 100))
 
