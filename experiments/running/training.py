@@ -69,7 +69,8 @@ def train(
                         one.add(
                             ensemble.train_chunk(
                                 one.states, one.members.losses, one.members.optimiser, one.data, **one.next_chunk()
-                            )
+                            ),
+                            lambda text, place=_place(waves, one): _tell(bar, place + text),
                         )
                         _show(bar, waves, one)
                 if not one.record.finished:
@@ -143,6 +144,13 @@ def _place(waves: Sequence[Wave], one: Wave) -> str:
     of_task = [wave for wave in waves if wave.task is one.task]
     task = f"{one.task.name}, " if len(of_task) < len(waves) else ""
     return task + (f"wave {of_task.index(one) + 1} of {len(of_task)}, " if len(of_task) > 1 else "")
+
+
+def _tell(bar: Progress, text: str) -> None:
+    """Shows what takes a while: in the bar, or without a terminal in a line."""
+    bar.update(bar.task_ids[0], description=text)
+    if not console.is_terminal:
+        console.print(text)
 
 
 def _show(bar: Progress, waves: Sequence[Wave], one: Wave) -> None:

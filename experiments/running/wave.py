@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ class Wave(contextlib.AbstractContextManager["Wave"]):
         """Whether something that is done so many times, evenly spread, is done at the end of that chunk."""
         return (chunk + 1) * times // self.plan.num_chunks > chunk * times // self.plan.num_chunks
 
-    def add(self, results: tuple) -> None:
-        """Takes what `ensemble.train_chunk` gave, observes the end, and saves if it is time to."""
+    def add(self, results: tuple, tell: Callable[[str], None]) -> None:
+        """Takes what `ensemble.train_chunk` gave, observes the end, which it tells first, as that can take a while, and
+        saves if it is time to."""
         self.states, (metrics, observed, evaluated) = results[0], ensemble.gather(results[1:])
         number, done = self.record.chunks_done, self.record.steps_done + metrics.loss.shape[1]
         self.elapsed = time.perf_counter() - self._started
@@ -79,6 +81,8 @@ class Wave(contextlib.AbstractContextManager["Wave"]):
         looked = last or self.falls_to(number, self.plan.num_evaluations)
         due = looked if self.plan.observe_evaluated else last
         if due and self.plan.observe and self.plan.observe_every is None:
+            if not self.plan.observe_evaluated:
+                tell("trained, now observing every member")
             found = ensemble.observe(self.states, self.members.losses, self.data, self.plan.observe)
             observed = {name: values[:, None] for name, values in ensemble.gather(found).items()}
         self.record.add(done, self.states, metrics, observed, evaluated if looked else None)

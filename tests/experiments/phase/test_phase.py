@@ -76,6 +76,7 @@ def test_a_diagram_of_images_and_of_several_waves(tmp_path, capsys):
     assert results.period.values.tolist() == [1, 2] or results.period.values.tolist() == [2, 1]
     assert np.isfinite(results.hessian_max).all() and results.hessian_max.sizes["seed"] == 2
     assert results.attrs["compute_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "run" / "digits_config.json").read_text())["curvature"] == 100
     plan = json.loads((tmp_path / "run" / "checkpoint" / "plan.json").read_text())
     assert plan["wave"] == 4 and len(list((tmp_path / "run" / "checkpoint").glob("wave-*"))) == 2
 

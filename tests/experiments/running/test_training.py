@@ -81,6 +81,13 @@ def test_what_a_finished_run_measures_is_complete(capsys):
     assert [line.split(" (")[0] for line in lines] == [f"update {n} of 7" for n in (3, 5, 7)]
 
 
+def test_observing_the_end_is_announced(capsys):
+    """It can take minutes, with nothing left to train."""
+    train(7, 1, 3, plan=AT_THE_END)
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert told == "trained, now observing every member" and last.startswith("update 7 of 7")
+
+
 def test_chunks_do_not_change_the_run():
     by_one, at_once = train(6, 1, 2), train(6, 6, 2)
     np.testing.assert_allclose(by_one.minibatch_loss, at_once.minibatch_loss, rtol=1e-5)
