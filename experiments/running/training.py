@@ -3,6 +3,7 @@ evaluations, a progress bar, and checkpoints from which it goes on."""
 
 import contextlib
 import dataclasses
+import functools as ft
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def train(
                             ensemble.train_chunk(
                                 one.states, one.members.losses, one.members.optimiser, one.data, **one.next_chunk()
                             ),
-                            lambda text, place=_place(waves, one): _tell(bar, place + text),
+                            ft.partial(_tell, bar, waves, one),
                         )
                         _show(bar, waves, one)
                 if not one.record.finished:
@@ -146,11 +147,11 @@ def _place(waves: Sequence[Wave], one: Wave) -> str:
     return task + (f"wave {of_task.index(one) + 1} of {len(of_task)}, " if len(of_task) > 1 else "")
 
 
-def _tell(bar: Progress, text: str) -> None:
+def _tell(bar: Progress, waves: Sequence[Wave], one: Wave, text: str) -> None:
     """Shows what takes a while: in the bar, or without a terminal in a line."""
-    bar.update(bar.task_ids[0], description=text)
+    bar.update(bar.task_ids[0], description=_place(waves, one) + text)
     if not console.is_terminal:
-        console.print(text)
+        console.print(_place(waves, one) + text)
 
 
 def _show(bar: Progress, waves: Sequence[Wave], one: Wave) -> None:
