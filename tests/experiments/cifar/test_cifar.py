@@ -41,6 +41,7 @@ from experiments.running.errors import UsageError
 from experiments.running.terminal import console
 
 from ...helpers import slow
+from .. import synthetic
 from ..synthetic import class_weights, interrupt_after, run_command
 
 ROOT = Path(__file__).parents[3]
@@ -330,6 +331,15 @@ def test_every_file_is_there_and_says_digits(run_directory):
             assert "digits" in figure.info["Title"]
             assert len(figure.convert("L").getcolors() or range(9)) > 2
     assert "NOT CIFAR-10" in (run_directory.path / "digits_summary.md").read_text()
+
+
+@pytest.mark.parametrize("preset, gain, pointed", [("quick", 0.0, True), ("quick", 0.1, False), ("short", 0.0, False)])
+def test_a_quick_run_that_does_not_establish_a_gain_points_to_one_that_does(preset, gain, pointed, tmp_path, capsys):
+    run = synthetic.results(seeds=8, preset=preset, images_per_second=1.0)
+    run.accuracy.loc[{"amplitude": 10}] += gain
+    run.accuracy.loc[{"amplitude": 10, "seed": 0}] -= 0.2 * (gain == 0)
+    cifar.write_outputs(run, tmp_path)
+    assert ("python -m experiments.cifar --preset quick --seeds 32:64" in capsys.readouterr().out) == pointed
 
 
 def test_the_first_line_says_what_is_going_to_happen(run_directory):
