@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,23 +87,29 @@ WHOLE = results(
 )
 
 
-def put(name: str, dataset: xr.Dataset = WHOLE, **config: object) -> None:
+def put(path: str | Path, dataset: xr.Dataset = WHOLE, **config: object) -> None:
     """Leaves a directory as a run does."""
-    Path(name).mkdir()
-    files.save(dataset.copy(deep=True), Path(name) / "results.nc")
-    settings = {"seeds": dataset.sizes["seed"], "width": 1, "amplitude": [1.0], "run": {"out": name}, "made_by": {}}
-    (Path(name) / "config.json").write_text(json.dumps(settings | config))
+    path = Path(path)
+    path.mkdir()
+    files.save(dataset.copy(deep=True), path / "results.nc")
+    settings = {
+        "seeds": dataset.sizes["seed"],
+        "width": 1,
+        "amplitude": [1.0],
+        "run": {"out": path.name},
+        "made_by": {},
+    }
+    (path / "config.json").write_text(json.dumps(settings | config))
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """A whole run, and parts of it, in the working directory. No figures are drawn: that takes longer than the rest."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("learning_curves", "class_weights"):
-        monkeypatch.setattr(figures, name, lambda dataset, path: Path(path).write_bytes(b"a figure"))
-    put("whole")
-    put("first", WHOLE.isel(seed=[0]))
-    put("rest", WHOLE.isel(seed=[1, 2, 3]))
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder with a whole run, with parts of it, and with what is neither."""
+    folder = tmp_path_factory.mktemp("runs")
+    put(folder / "whole")
+    put(folder / "first", WHOLE.isel(seed=[0]))
+    rest = WHOLE.isel(seed=[1, 2, 3])
+    put(folder / "rest", rest)
     for name, cells in {
         "a": ([1, 5], [20, 10]),
         "b": ([1, 2], [10, 20]),
@@ -110,7 +117,26 @@ def runs(tmp_path, monkeypatch):
         "b2": ([1, 2], [20]),
         "a1": ([1, 5], [10]),
     }.items():
-        put(name, WHOLE.sel(amplitude=cells[0], period=cells[1]), amplitude=cells[0], period=cells[1])
+        put(folder / name, WHOLE.sel(amplitude=cells[0], period=cells[1]), amplitude=cells[0], period=cells[1])
+    # What cannot be merged with the first
+    put(folder / "half", rest.assign_attrs(finished="false"))
+    put(folder / "later", rest.assign_coords(evaluation_step=rest.evaluation_step + 1))
+    put(folder / "less", rest.drop_vars("minibatch_loss"))
+    put(folder / "diagram", rest.assign_attrs(command="python -m experiments.phase --experiment cifar"))
+    put(folder / "bare")
+    (folder / "bare" / "config.json").unlink()
+    put(folder / "damaged")
+    (folder / "damaged" / "results.nc").write_bytes(b"no netCDF")
+    return folder
+
+
+@pytest.fixture
+def runs(originals, tmp_path, monkeypatch):
+    """Copies of them in the working directory. No figures are drawn: that takes longer than the rest."""
+    shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("learning_curves", "class_weights"):
+        monkeypatch.setattr(figures, name, lambda dataset, path: Path(path).write_bytes(b"a figure"))
 
 
 @pytest.mark.parametrize(
@@ -221,15 +247,6 @@ def test_overlapping_seeds_that_differ_are_refused(runs, capsys):
     ],
 )
 def test_what_cannot_be_merged_is_refused_in_a_sentence(runs, capsys, arguments, says):
-    rest = WHOLE.isel(seed=[1, 2, 3])
-    put("half", rest.assign_attrs(finished="false"))
-    put("later", rest.assign_coords(evaluation_step=rest.evaluation_step + 1))
-    put("less", rest.drop_vars("minibatch_loss"))
-    put("diagram", rest.assign_attrs(command="python -m experiments.phase --experiment cifar"))
-    put("bare")
-    Path("bare/config.json").unlink()
-    put("damaged")
-    Path("damaged/results.nc").write_bytes(b"no netCDF")
     assert command(*arguments, "--out", "out") == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and not Path("out").exists()
