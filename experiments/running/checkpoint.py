@@ -117,10 +117,11 @@ def _orbax() -> Any:
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     """Where orbax fails, keeps it from telling on stderr of every array that was still on its way."""
-    usual, log = sys.unraisablehook, logging.getLogger("absl")
-    level = log.level
+    global _usual_hook
+    log = logging.getLogger("absl")
+    level, _usual_hook = log.level, sys.unraisablehook
     log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else usual(found)
+    sys.unraisablehook = _without_closed_loops
     try:
         yield
     except Exception:
@@ -128,8 +129,18 @@ def _hushed() -> Iterator[None]:
         time.sleep(0.2)
         raise
     finally:
-        sys.unraisablehook = usual
+        sys.unraisablehook = _usual_hook
         log.setLevel(level)
+
+
+_usual_hook: Callable[[Any], object] = sys.unraisablehook
+
+
+def _without_closed_loops(found: Any) -> None:
+    """For `sys.unraisablehook`. Threads of C++ call it, perhaps when another hook has taken its place already: so neither
+    of the two goes away. In a lambda that did, a process was once seen to end with a segmentation fault."""
+    if "Event loop is closed" not in str(found.exc_value):
+        _usual_hook(found)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:

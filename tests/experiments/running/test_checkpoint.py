@@ -1,8 +1,14 @@
 """Checkpoints: what comes back is what was written, or the one before, or a sentence."""
 
+import gc
+import sys
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from experiments.running import checkpoint
 from experiments.running.checkpoint import Checkpoints
 
 ARRAYS = {
@@ -66,6 +72,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(how, tmp_
     damage(tmp_path / "2", how)
     damage(tmp_path / "1", how)
     assert checkpoints(tmp_path)[0].latest() is None
+
+
+def test_what_hushes_orbax_stays_when_it_is_over(monkeypatch):
+    """A thread that was about to call it may do so later: see `_without_closed_loops`."""
+    told, hooks = [], []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    usual = sys.unraisablehook
+    for _ in range(2):
+        with checkpoint._hushed():
+            hooks.append(weakref.ref(sys.unraisablehook))
+        assert sys.unraisablehook is usual
+    gc.collect()
+    late, other = hooks[0](), SimpleNamespace(exc_value=ValueError("another"))
+    assert late is not None and late is hooks[1]()
+    late(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+    late(other)
+    assert told == [other]
 
 
 def test_a_checkpoint_that_was_being_written_is_no_checkpoint(tmp_path):
