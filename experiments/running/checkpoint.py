@@ -137,8 +137,8 @@ _usual_hook: Callable[[Any], object] = sys.unraisablehook
 
 
 def _without_closed_loops(found: Any) -> None:
-    """For `sys.unraisablehook`. Threads of C++ call it, perhaps when another hook has taken its place already: so neither
-    of the two goes away. In a lambda that did, a process was once seen to end with a segmentation fault."""
+    """For `sys.unraisablehook`. Threads of C++ call it, perhaps when another hook has taken its place already: so
+    neither of the two goes away. In a lambda that did, a process was once seen to end with a segmentation fault."""
     if "Event loop is closed" not in str(found.exc_value):
         _usual_hook(found)
 
