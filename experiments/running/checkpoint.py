@@ -119,8 +119,10 @@ def _hushed() -> Iterator[None]:
     """Where orbax fails, keeps it from telling on stderr of every array that was still on its way."""
     global _usual_hook
     log = logging.getLogger("absl")
-    level, _usual_hook = log.level, sys.unraisablehook
+    level = log.level
     log.setLevel(logging.CRITICAL)
+    if sys.unraisablehook is not _without_closed_loops:  # as it is where another thread is in here, too
+        _usual_hook = sys.unraisablehook
     sys.unraisablehook = _without_closed_loops
     try:
         yield

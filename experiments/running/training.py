@@ -149,9 +149,10 @@ def _place(waves: Sequence[Wave], one: Wave) -> str:
 
 def _tell(bar: Progress, waves: Sequence[Wave], one: Wave, text: str) -> None:
     """Shows what takes a while: in the bar, or without a terminal in a line."""
-    bar.update(bar.task_ids[0], description=_place(waves, one) + text)
+    text = _place(waves, one) + text
+    bar.update(bar.task_ids[0], description=text)
     if not console.is_terminal:
-        console.print(_place(waves, one) + text)
+        console.print(text)
 
 
 def _show(bar: Progress, waves: Sequence[Wave], one: Wave) -> None:

@@ -80,7 +80,7 @@ def test_what_hushes_orbax_stays_when_it_is_over(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     usual = sys.unraisablehook
     for _ in range(2):
-        with checkpoint._hushed():
+        with checkpoint._hushed(), checkpoint._hushed():  # one in the other, as when two threads write
             hooks.append(weakref.ref(sys.unraisablehook))
         assert sys.unraisablehook is usual
     gc.collect()
