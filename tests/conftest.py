@@ -36,6 +36,14 @@ def optimisations():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def memory_maps():
+    """Drops a module's programs: each takes a few memory maps, of which Linux gives a process 65,530. Without any left,
+    LLVM says "Cannot allocate memory", and the process ends in a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """Returns a function that gives a new PRNG key at every call, the same sequence in every run."""

@@ -1,7 +1,5 @@
 """The oracle is `lax.conv_general_dilated` with JAX's own derivatives and batching, in float64."""
 
-import functools as ft
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -63,7 +61,6 @@ TRANSFORMS = {
         lambda k: jnp.sum(descend(c, k, jnp.stack([x, dx, x + 1]))[1])
     )(k),
     "remat": lambda c, x, k, dx, dk: jax.grad(jax.checkpoint(scalar(c)), (0, 1))(x, k),
-    "jit": lambda c, x, k, dx, dk: jax.jit(gradient(c))(x, k),
     "vmap per image": lambda c, x, k, dx, dk: jax.vmap(lambda image: gradient(c)(image, k))(x),
     "nested vmap": lambda c, x, k, dx, dk: jax.vmap(
         lambda k: jax.vmap(lambda image: jax.grad(scalar(c), 1)(image, k))(x)
@@ -89,7 +86,7 @@ TRANSFORMS = {
 def check(transform):
     rng = np.random.default_rng(0)
     args = [jnp.asarray(rng.normal(size=shape)) for shape in 2 * [(5, 3, 7, 6), (3, 3, 3, 4)]]
-    ours, theirs = transform(conv3x3, *args), transform(reference, *args)
+    ours, theirs = jax.jit(lambda *args: (transform(conv3x3, *args), transform(reference, *args)))(*args)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
@@ -104,7 +101,7 @@ def test_equals_xlas_convolution_under(transform):
 def test_equals_xlas_convolution_image_by_image_under(transform, monkeypatch):
     """As of many images on a CPU, a cacheful at a time."""
     monkeypatch.setattr(convolution, "CACHED", 1)
-    check(lambda *args: jax.jit(ft.partial(TRANSFORMS[transform], args[0]))(*args[1:]))
+    check(TRANSFORMS[transform])
 
 
 BATCHED = {
@@ -174,10 +171,9 @@ def check_gradient(num_images, size, channels):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(num_images, channels[0], *size)))
     k = jnp.asarray(rng.normal(size=(3, 3, *channels)))
-    np.testing.assert_allclose(conv3x3(x, k), reference(x, k), rtol=1e-10, atol=1e-10)
-    ours, theirs = gradient(conv3x3)(x, k), gradient(reference)(x, k)
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-10, atol=1e-10)
+    of_both = jax.jit(lambda *args: [(conv(*args), *gradient(conv)(*args)) for conv in (conv3x3, reference)])
+    for ours, theirs in zip(*of_both(x, k), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("channels", [(3, 16), (8, 8), (16, 16), (17, 17)])
@@ -208,7 +204,7 @@ def test_sums_over_many_pixels_in_enough_precision(dtype, channels):
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(64, channels[0], 16, 16)), dtype)
     k = jnp.asarray(rng.normal(size=(3, 3, *channels)), dtype)
-    sum_of_squares = lambda conv: jax.grad(lambda x, k: 1e-3 * jnp.sum(conv(x, k).astype(float) ** 2), (0, 1))
+    sum_of_squares = lambda conv: jax.jit(jax.grad(lambda x, k: 1e-3 * jnp.sum(conv(x, k).astype(float) ** 2), (0, 1)))
     exact = sum_of_squares(reference)(x.astype(float), k.astype(float))
     for ours, theirs in zip(sum_of_squares(conv3x3)(x, k), exact, strict=True):
         assert ours.dtype == dtype
@@ -224,9 +220,14 @@ def test_what_gpus_run_are_the_same_three_maps(dtype, channels):
     rng = np.random.default_rng(4)
     draw = lambda *shape: jnp.asarray(rng.integers(-1, 2, shape), dtype)
     x, k, dy = draw(2, channels[0], 4, 5), draw(3, 3, *channels), draw(2, channels[1], 4, 5)
-    out, pullback = jax.vjp(reference, x.astype(float), k.astype(float))
-    ours = convolution._conv(x, k), convolution._input_grad(dy, k), convolution._weight_grad(x, dy)
-    for actual, expected in zip(ours, (out, *pullback(dy.astype(float))), strict=True):
+
+    @jax.jit
+    def of_both(x, k, dy):
+        out, pullback = jax.vjp(reference, x.astype(float), k.astype(float))
+        ours = convolution._conv(x, k), convolution._input_grad(dy, k), convolution._weight_grad(x, dy)
+        return ours, (out, *pullback(dy.astype(float)))
+
+    for actual, expected in zip(*of_both(x, k, dy), strict=True):
         assert actual.dtype == dtype
         np.testing.assert_array_equal(actual.astype(float), expected)
 

@@ -1,5 +1,7 @@
 """Curvature against dense matrices: of our networks, and of matrices with awkward spectra."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,11 @@ def symmetric(eigenvalues, dtype, seed=0):
     return jnp.asarray(basis * eigenvalues @ basis.T, dtype)
 
 
+@ft.partial(jax.jit, static_argnums=(2, 3))
+def lanczos_of(matrix, start, order, vectors=0):
+    return lanczos(lambda v: matrix @ v, start, order, vectors=vectors)
+
+
 @pytest.mark.parametrize("order", [5, 100])
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("dtype, digits", [("float32", 1e-5), ("float64", 1e-12)])
@@ -39,8 +46,7 @@ def test_ritz_values_are_eigenvalues_within_their_errors(name, order, dtype, dig
     with jax.enable_x64(dtype == "float64"):
         matrix = symmetric(eigenvalues, dtype)
         start = jr.normal(jr.key(1), (40,), dtype)
-        spectrum = jax.jit(lambda start: lanczos(lambda v: matrix @ v, start, order))(start)
-        spectrum = jax.tree.map(np.asarray, spectrum)
+        spectrum = jax.tree.map(np.asarray, lanczos_of(matrix, start, order))
     assert spectrum.eigenvalues.shape == (min(order, 40),) and spectrum.eigenvalues.dtype == dtype
     scale = np.abs(eigenvalues).max() or 1.0
     distance = np.abs(np.asarray(spectrum.eigenvalues)[:, None] - eigenvalues).min(1)
@@ -65,8 +71,7 @@ def test_ritz_vectors_are_eigenvectors_within_their_errors(name, order, dtype, d
     with jax.enable_x64(dtype == "float64"):
         matrix = symmetric(SPECTRA[name], dtype)
         start = jr.normal(jr.key(1), (40,), dtype)
-        spectrum = jax.jit(lambda start: lanczos(lambda v: matrix @ v, start, order, vectors=3))(start)
-        spectrum = jax.tree.map(np.asarray, spectrum)
+        spectrum = jax.tree.map(np.asarray, lanczos_of(matrix, start, order, 3))
     found, scale = spectrum.vectors.astype(float), np.abs(SPECTRA[name]).max()
     assert spectrum.vectors.shape == (3, 40) and spectrum.vectors.dtype == dtype
     real = np.isfinite(spectrum.errors[-3:])
@@ -116,7 +121,7 @@ def test_the_hessians_ends_are_those_of_the_dense_hessian(x64):
 
 def test_the_largest_eigenvalues_and_eigenvectors_of_a_small_hessian(x64):
     model, objective, _, _ = spiral_problem(width=5)
-    eigenvalues, eigenvectors = jnp.linalg.eigh(dense_hessian(objective, model))
+    eigenvalues, eigenvectors = np.linalg.eigh(jax.jit(lambda model: dense_hessian(objective, model))(model))
     spectrum = jax.jit(lambda model: hessian_spectrum(objective, model, order=33, vectors=2, key=jr.key(0)))(model)
     assert tree_allclose(spectrum.eigenvalues[-5:], eigenvalues[-5:], rtol=1e-6, atol=0)
     assert tree_allclose(spectrum.eigenvalues[0], eigenvalues[0], rtol=1e-6, atol=0)

@@ -154,14 +154,18 @@ def test_classes_may_lie_along_any_axes(axis, masked, x64):
     order = [i for i in range(4) if i not in axes] + axes
     x, y, q, w, mask = problem(shape, axis, int(np.prod([shape[a] for a in axes])))
     batch = [shape[i] for i in order[: 4 - len(axes)]]
-    last = lambda a: np.transpose(a, order).reshape(*batch, -1)
+    last = lambda a: a.transpose(order).reshape(*batch, -1)
     there = lambda a: np.transpose(a.reshape([shape[i] for i in order]), np.argsort(order))
     where = {"no": None, "examples": last(mask).all(-1), "classes": mask}[masked]
     moved = last(where) if masked == "classes" else where
     options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01}
     for function, labels, along in ((softmax_cross_entropy, y, y), (soft_cross_entropy, q, there(q))):
-        actual = jax.jit(ft.partial(function, axis=axis, **options))(x, along, w, where=where)
-        expected = function(last(x), labels, w, where=moved, **options)
+        actual, expected = jax.jit(
+            lambda x, w, where, moved, function=function, labels=labels, along=along: (
+                function(x, along, w, axis=axis, where=where, **options),
+                function(last(x), labels, w, where=moved, **options),
+            )
+        )(x, w, where, moved)
         np.testing.assert_allclose(actual, expected, rtol=1e-12)  # NaN for labels that are taken out
         assert actual.shape == tuple(batch)
 

@@ -1,6 +1,7 @@
 import doctest
 import functools as ft
 import importlib
+import itertools
 import pkgutil
 import warnings
 from fractions import Fraction
@@ -58,8 +59,13 @@ def authors_loop(num_classes, amplitude, period, num_steps):
                     return np.array(rows)
 
 
+@jax.jit
+def of_all(schedule, steps):
+    return jax.vmap(schedule)(steps)
+
+
 def over(schedule, steps):
-    return jax.jit(jax.vmap(schedule))(jnp.asarray(steps))
+    return of_all(schedule, jnp.asarray(steps))
 
 
 close = ft.partial(tree_allclose, same_dtype=False, rtol=2e-6, atol=5e-6)
@@ -198,10 +204,10 @@ HYPERPARAMETERS = [
     (10, 70.0, 7.0, 0.1),
     (3, 70.0, 5000.0, 0.0),
     (3, 1.5, 164.0, -7.75),
-    (2, 1000.3, 12.3, 0.0),
-    (100, 70.0, 0.1, 1000.3),
+    (3, 1000.3, 12.3, 0.0),
+    (10, 70.0, 0.1, 1000.3),
     (10, 5.0, 1.1358617, 1.71945),
-    (7, 70.0, 5000.5, -0.3),
+    (3, 70.0, 5000.5, -0.3),
     (5000, 3.0, 3.0, 0.6),
 ]
 
@@ -225,6 +231,11 @@ def exactly(num_classes, amplitude, period, phase, inclusive, wave, steps):
     return turns, positions, num_classes * weights / weights.sum(1, keepdims=True)
 
 
+@jax.jit
+def active_classes(schedule, steps):
+    return jax.vmap(lambda step: schedule._turn(step.astype(float))[0])(steps)
+
+
 @pytest.mark.parametrize("wave", WAVES)
 @pytest.mark.parametrize("inclusive", [False, True])
 @pytest.mark.parametrize("num_classes, amplitude, period, phase", HYPERPARAMETERS)
@@ -238,7 +249,7 @@ def test_every_step_up_to_two_to_the_24_is_as_good_as_the_first(num_classes, amp
     turn = (float(np.float32(period)) + inclusive) / float(np.float32(period))
     off = 2.0**-22 * turn  # of the position, as the docstring says
     ends = [min(float(p), turn - float(p)) <= off for p in positions]  # where the neighbour has the turn, with weight 1
-    active = jax.vmap(lambda step: schedule._turn(step.astype(float))[0])(jnp.asarray(steps))
+    active = active_classes(schedule, jnp.asarray(steps))
     assert all(ends | (np.asarray(active) == np.array([int(turn % num_classes) for turn in turns])))
     jumps = [min(abs(p - Fraction(1, 4)), abs(p - Fraction(3, 4))) <= off for p in positions]
     kept = ~np.array(jumps) if wave == "square" else np.ones(len(steps), bool)
@@ -377,19 +388,20 @@ def test_only_some_hyperparameters_batched():
 
 
 @pytest.mark.parametrize("wave", [triangle, cosine, square], ids=["triangle", "cosine", "square"])
-@pytest.mark.parametrize("step", [0, 3, 31, 60])
-def test_gradient_in_the_amplitude(wave, step, x64):
+def test_gradient_in_the_amplitude(wave, x64):
     direction = jnp.array([1.0, -2.0, 0.5])
 
-    def value(amplitude):
+    @jax.jit
+    def value(amplitude, step):
         schedule = OscillatingWeights(3, amplitude, 20.0, waveform=wave, stop=50.0)
         return direction @ schedule(step)
 
     h = 1e-5
-    for amplitude in (1.5, 70.0):
-        difference = (value(amplitude + h) - value(amplitude - h)) / (2 * h)
-        for derivative in (jax.jit(jax.grad(value)), jax.jit(jax.jacfwd(value))):
-            np.testing.assert_allclose(derivative(amplitude), difference, rtol=1e-6, atol=1e-9)
+    derivatives = jax.jit(jax.grad(value)), jax.jit(jax.jacfwd(value))
+    for amplitude, step in itertools.product((1.5, 70.0), (0, 3, 31, 60)):
+        difference = (value(amplitude + h, step) - value(amplitude - h, step)) / (2 * h)
+        for derivative in derivatives:
+            np.testing.assert_allclose(derivative(amplitude, step), difference, rtol=1e-6, atol=1e-9)
 
 
 def test_gradient_in_a_schedule_is_a_schedule_of_gradients(x64):

@@ -15,6 +15,9 @@ from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
 from .helpers import slow, tree_allclose
 
+init, evaluate, minibatches = (eqx.filter_jit(f) for f in (train.init, train.evaluate, train.minibatches))
+train_step, train_chunk = eqx.filter_jit(train.train_step), eqx.filter_jit(train.train_chunk)
+
 OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
 LOSS = DynamicalLoss(OscillatingWeights(3, 5.0, 4.0))
 
@@ -31,7 +34,7 @@ def blobs(key, n=30):
 
 def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
     data = blobs(getkey())
-    state = train.init(make_mlp, OPTIMISER, getkey())
+    state = init(make_mlp, OPTIMISER, getkey())
     optimiser = optax.sgd(0.1, 0.9, nesterov=True)
     model, opt_state = state.model, optimiser.init(eqx.filter(state.model, eqx.is_array))
     for step in range(6):
@@ -45,7 +48,7 @@ def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
         updates, opt_state = optimiser.update(grads, opt_state)
         right = jnp.mean(jnp.argmax(jax.vmap(model)(data.inputs), -1) == data.labels)
         model = eqx.apply_updates(model, updates)
-        state, metrics = eqx.filter_jit(train.train_step)(state, LOSS, OPTIMISER, data.inputs, data.labels)
+        state, metrics = train_step(state, LOSS, OPTIMISER, data.inputs, data.labels)
         assert tree_allclose(metrics.loss, value) and metrics.accuracy == right
     assert tree_allclose(state.model, model)
     assert state.step == 6 and not state.diverged
@@ -55,12 +58,11 @@ def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
 @pytest.mark.parametrize("batch_size", [None, 4, 13, 30])
 def test_how_a_run_is_cut_into_chunks_does_not_matter(chunks, batch_size, getkey):
     data = blobs(getkey())
-    start = train.init(make_mlp, OPTIMISER, getkey())
-    chunk = eqx.filter_jit(train.train_chunk)
-    whole, metrics, _ = chunk(start, LOSS, OPTIMISER, data, num_steps=20, batch_size=batch_size)
+    start = init(make_mlp, OPTIMISER, getkey())
+    whole, metrics, _ = train_chunk(start, LOSS, OPTIMISER, data, num_steps=20, batch_size=batch_size)
     state, parts = start, []
     for n in chunks:
-        state, part, _ = chunk(state, LOSS, OPTIMISER, data, num_steps=n, batch_size=batch_size)
+        state, part, _ = train_chunk(state, LOSS, OPTIMISER, data, num_steps=n, batch_size=batch_size)
         parts.append(part)
     assert tree_allclose(
         eqx.filter((whole.model, whole.opt_state), eqx.is_array),
@@ -73,7 +75,7 @@ def test_how_a_run_is_cut_into_chunks_does_not_matter(chunks, batch_size, getkey
 @pytest.mark.parametrize("num_examples, batch_size", [(30, 4), (30, 30), (7, 1), (50, 25)])
 def test_every_epoch_is_another_permutation_without_repeats(num_examples, batch_size, getkey):
     per_epoch = num_examples // batch_size
-    order = train.minibatches(getkey(), jnp.array(0), 3 * per_epoch, num_examples, batch_size)
+    order = minibatches(getkey(), jnp.array(0), 3 * per_epoch, num_examples, batch_size)
     epochs = np.asarray(order).reshape(3, -1)
     for epoch in epochs:
         assert len(np.unique(epoch)) == len(epoch) == per_epoch * batch_size
@@ -84,34 +86,34 @@ def test_every_epoch_is_another_permutation_without_repeats(num_examples, batch_
 @pytest.mark.parametrize("step, num_steps", [(0, 1), (6, 1), (6, 2), (3, 7), (5, 16), (41, 15)])
 def test_minibatches_are_the_same_from_wherever_they_are_asked_for(step, num_steps, getkey):
     key = getkey()
-    whole = train.minibatches(key, jnp.array(0), 70, 30, 4)
-    part = train.minibatches(key, jnp.array(step), num_steps, 30, 4)
+    whole = minibatches(key, jnp.array(0), 70, 30, 4)
+    part = minibatches(key, jnp.array(step), num_steps, 30, 4)
     assert np.array_equal(part, whole[step : step + num_steps])
 
 
 @pytest.mark.parametrize("size", [1, 5, 30])
 def test_microbatches_give_the_same_update(size, getkey):
     data = blobs(getkey())
-    state = train.init(make_mlp, OPTIMISER, getkey())
-    whole, expected = train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels)
-    parts, metrics = train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=size)
+    state = init(make_mlp, OPTIMISER, getkey())
+    whole, expected = train_step(state, LOSS, OPTIMISER, data.inputs, data.labels)
+    parts, metrics = train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=size)
     assert tree_allclose(parts.model, whole.model)
     assert tree_allclose(metrics, expected)
 
 
 def test_microbatches_that_do_not_divide_the_batch_are_an_error(getkey):
     data = blobs(getkey())
-    state = train.init(make_mlp, OPTIMISER, getkey())
+    state = init(make_mlp, OPTIMISER, getkey())
     with pytest.raises(ValueError, match="microbatch_size must divide the batch of 30, got 7"):
-        train.train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=7)
+        train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=7)
 
 
 @pytest.mark.parametrize("batch_size", [0, 31, -1])
 def test_a_batch_size_out_of_range_is_an_error(batch_size, getkey):
     data = blobs(getkey())
-    state = train.init(make_mlp, OPTIMISER, getkey())
+    state = init(make_mlp, OPTIMISER, getkey())
     with pytest.raises(ValueError, match="batch_size must be between 1 and the number of examples, 30"):
-        train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=batch_size)
+        train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=batch_size)
 
 
 def norm_and_step(state, loss, data):
@@ -122,9 +124,9 @@ def norm_and_step(state, loss, data):
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_observations_are_of_the_states_before_every_so_many_updates(every, batch_size, getkey):
     data = blobs(getkey())
-    start = train.init(make_mlp, OPTIMISER, getkey())
-    start, _, _ = train.train_chunk(start, LOSS, OPTIMISER, data, num_steps=3, batch_size=batch_size)
-    chunk = eqx.filter_jit(ft.partial(train.train_chunk, batch_size=batch_size))
+    start = init(make_mlp, OPTIMISER, getkey())
+    start, _, _ = train_chunk(start, LOSS, OPTIMISER, data, num_steps=3, batch_size=batch_size)
+    chunk = ft.partial(train_chunk, batch_size=batch_size)
     end, metrics, seen = chunk(start, LOSS, OPTIMISER, data, num_steps=20, observe=norm_and_step, observe_every=every)
     unobserved, expected, nothing = chunk(start, LOSS, OPTIMISER, data, num_steps=20)
     assert nothing is None
@@ -139,16 +141,14 @@ def test_observations_are_of_the_states_before_every_so_many_updates(every, batc
 
 @pytest.mark.parametrize("every", [3, 0, -2])
 def test_observations_must_fit_into_the_chunk(every, getkey):
-    state = train.init(make_mlp, OPTIMISER, getkey())
+    state = init(make_mlp, OPTIMISER, getkey())
     with pytest.raises(ValueError, match=f"observe_every must divide num_steps, 20, got {every}"):
-        train.train_chunk(
-            state, LOSS, OPTIMISER, blobs(getkey()), num_steps=20, observe=norm_and_step, observe_every=every
-        )
+        train_chunk(state, LOSS, OPTIMISER, blobs(getkey()), num_steps=20, observe=norm_and_step, observe_every=every)
 
 
 def test_observing_costs_nothing_at_the_other_updates(getkey):
     """Also where members are vmapped: what is observed is computed in the outer loop of the program, not the inner."""
-    data, state = blobs(getkey()), train.init(make_mlp, OPTIMISER, getkey())
+    data, state = blobs(getkey()), init(make_mlp, OPTIMISER, getkey())
 
     def expensive(state, loss, data):
         return jnp.linalg.matrix_power(jnp.outer(data.inputs[:, 0], data.inputs[:, 1]), 5)
@@ -167,25 +167,25 @@ def test_observing_costs_nothing_at_the_other_updates(getkey):
 def test_a_run_that_diverges_stops_at_its_last_finite_state_and_says_when(getkey):
     data = blobs(getkey())
     optimiser = optax.sgd(1e30)
-    state = train.init(make_mlp, optimiser, getkey())
+    state = init(make_mlp, optimiser, getkey())
     states = [state]
     for _ in range(10):
-        state, _ = eqx.filter_jit(train.train_step)(state, LOSS, optimiser, data.inputs, data.labels)
+        state, _ = train_step(state, LOSS, optimiser, data.inputs, data.labels)
         states.append(state)
     assert state.diverged and int(state.step) < 10
     assert tree_allclose(state.model, states[int(state.step)].model, rtol=0, atol=0)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
-    _, metrics = train.train_step(state, LOSS, optimiser, data.inputs, data.labels)
+    _, metrics = train_step(state, LOSS, optimiser, data.inputs, data.labels)
     assert jnp.isnan(metrics.loss) and jnp.isnan(metrics.accuracy)
-    _, _, seen = train.train_chunk(states[0], LOSS, optimiser, data, num_steps=10, observe=norm_and_step)
+    _, _, seen = train_chunk(states[0], LOSS, optimiser, data, num_steps=10, observe=norm_and_step)
     assert np.array_equal(np.isnan(seen["norm"]), np.arange(10) > int(state.step))
     assert seen["step"][-1] == state.step
 
 
 def test_a_model_with_parts_that_are_not_arrays_trains(getkey):
     data = blobs(getkey())
-    state = train.init(lambda key: eqx.nn.MLP(2, 3, 16, 1, key=key), OPTIMISER, getkey())
-    state, metrics, _ = train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=30)
+    state = init(lambda key: eqx.nn.MLP(2, 3, 16, 1, key=key), OPTIMISER, getkey())
+    state, metrics, _ = train_chunk(state, LOSS, OPTIMISER, data, num_steps=30)
     assert metrics.loss[-1] < 0.5 * metrics.loss[0]
     assert jax.vmap(state.model)(data.inputs).shape == (30, 3)
 
@@ -194,15 +194,15 @@ def test_images_are_stored_as_bytes_and_transformed_when_drawn(getkey):
     images = jr.randint(getkey(), (12, 8, 8, 3), 0, 256).astype(jnp.uint8)
     labels = jnp.arange(12) % 10
     loss, optimiser = DynamicalLoss(StaticWeights(jnp.ones(10))), optax.sgd(0.01)
-    state = train.init(lambda key: Myrtle(4, key=key), optimiser, getkey())
+    state = init(lambda key: Myrtle(4, key=key), optimiser, getkey())
     to_float = lambda x: x.astype(jnp.float32) / 255
     as_bytes = train.Dataset(images, labels, to_float)
     as_floats = train.Dataset(to_float(images), labels)
-    chunk = eqx.filter_jit(ft.partial(train.train_chunk, num_steps=3, batch_size=5))
+    chunk = ft.partial(train_chunk, num_steps=3, batch_size=5)
     one = chunk(state, loss, optimiser, as_bytes)
     other = chunk(state, loss, optimiser, as_floats)
     assert tree_allclose(one[1], other[1])
-    assert tree_allclose(train.evaluate(one[0].model, as_bytes), train.evaluate(other[0].model, as_floats))
+    assert tree_allclose(evaluate(one[0].model, as_bytes), evaluate(other[0].model, as_floats))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 256])
@@ -210,7 +210,7 @@ def test_evaluation_is_the_plain_mean_over_all_examples(batch_size, getkey):
     data = blobs(getkey())
     model = make_mlp(getkey())
     logits = jax.vmap(model)(data.inputs)
-    metrics = train.evaluate(model, data, batch_size=batch_size)
+    metrics = evaluate(model, data, batch_size=batch_size)
     expected = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.labels))
     assert tree_allclose(metrics.loss, expected)
     assert metrics.accuracy == jnp.mean(jnp.argmax(logits, -1) == data.labels)
@@ -221,18 +221,18 @@ def test_evaluation_by_another_loss_is_its_mean_without_class_weights(weighting,
     data = blobs(getkey())
     model = make_mlp(getkey())
     outputs = np.asarray(jax.vmap(model)(data.inputs))
-    metrics = train.evaluate(model, data, batch_size=7, base=ft.partial(squared_error, weighting=weighting))
+    metrics = evaluate(model, data, batch_size=7, base=ft.partial(squared_error, weighting=weighting))
     assert tree_allclose(metrics.loss, np.mean(np.sum((outputs - np.eye(3, dtype="float32")[data.labels]) ** 2, -1)))
     assert metrics.accuracy == np.mean(outputs.argmax(-1) == data.labels)
 
 
 def test_hyperparameters_are_set_by_name_and_unknown_ones_are_an_error(getkey):
-    state = train.init(make_mlp, OPTIMISER, getkey(), {"learning_rate": jnp.array(0.25)})
+    state = init(make_mlp, OPTIMISER, getkey(), {"learning_rate": jnp.array(0.25)})
     assert state.opt_state.hyperparams["learning_rate"] == 0.25
     with pytest.raises(ValueError, match="no hyperparameter momentum.*are: learning_rate"):
-        train.init(make_mlp, OPTIMISER, getkey(), {"momentum": jnp.array(0.5)})
+        init(make_mlp, OPTIMISER, getkey(), {"momentum": jnp.array(0.5)})
     with pytest.raises(ValueError, match="no hyperparameter learning_rate.*are: none"):
-        train.init(make_mlp, optax.sgd(0.1), getkey(), {"learning_rate": jnp.array(0.5)})
+        init(make_mlp, optax.sgd(0.1), getkey(), {"learning_rate": jnp.array(0.5)})
 
 
 def test_inputs_and_labels_of_different_number_are_an_error():
@@ -245,35 +245,35 @@ def test_inputs_and_labels_of_different_number_are_an_error():
 @pytest.mark.parametrize("injected", [1, 1.0])
 def test_an_optimiser_that_was_given_an_integer_takes_fractions(injected, getkey):
     optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=injected)
-    state = train.init(make_mlp, optimiser, getkey(), {"learning_rate": jnp.array(0.5)})
+    state = init(make_mlp, optimiser, getkey(), {"learning_rate": jnp.array(0.5)})
     data = blobs(getkey())
-    state, _, _ = train.train_chunk(state, LOSS, optimiser, data, num_steps=3)
+    state, _, _ = train_chunk(state, LOSS, optimiser, data, num_steps=3)
     assert state.opt_state.hyperparams["learning_rate"] == 0.5
 
 
 def test_a_value_that_a_schedule_would_overwrite_is_an_error(getkey):
     optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(0.1))
     with pytest.raises(ValueError, match="sets learning_rate by a schedule of its own"):
-        train.init(make_mlp, optimiser, getkey(), {"learning_rate": jnp.array(0.5)})
+        init(make_mlp, optimiser, getkey(), {"learning_rate": jnp.array(0.5)})
 
 
 def test_gradients_too_large_to_square_are_a_divergence(getkey):
     """Adam's moments overflow, and its updates are 0 from then on: finite, and dead."""
     data = blobs(getkey())
     optimiser = optax.adam(0.1)
-    state = train.init(make_mlp, optimiser, getkey())
+    state = init(make_mlp, optimiser, getkey())
     huge = DynamicalLoss(LOSS.schedule, lambda *args: 1e25 * softmax_cross_entropy(*args))
     with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
-        state, _ = train.train_step(state, huge, optimiser, data.inputs, data.labels)
+        state, _ = train_step(state, huge, optimiser, data.inputs, data.labels)
     assert state.diverged and state.step == 0
 
 
 def test_optimisers_that_look_at_the_loss_work(getkey):
     data = blobs(getkey())
     optimiser = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-    state = train.init(make_mlp, optimiser, getkey())
+    state = init(make_mlp, optimiser, getkey())
     with jax.numpy_dtype_promotion("standard"):  # which this one needs
-        state, metrics, _ = train.train_chunk(state, LOSS, optimiser, data, num_steps=20)
+        state, metrics, _ = train_chunk(state, LOSS, optimiser, data, num_steps=20)
     assert metrics.loss[-1] < metrics.loss[0]
 
 
@@ -282,9 +282,9 @@ def test_microbatches_of_16_bit_gradients_are_summed_in_32(dtype, getkey):
     data = blobs(getkey(), 300)
     model = jax.tree.map(lambda leaf: leaf.astype(dtype), make_mlp(getkey()))
     inputs, optimiser = data.inputs.astype(dtype), optax.sgd(1.0)
-    state = train.init(lambda key: model, optimiser, getkey())
-    whole, _ = train.train_step(state, LOSS, optimiser, inputs, data.labels)
-    parts, _ = train.train_step(state, LOSS, optimiser, inputs, data.labels, microbatch_size=1)
+    state = init(lambda key: model, optimiser, getkey())
+    whole, _ = train_step(state, LOSS, optimiser, inputs, data.labels)
+    parts, _ = train_step(state, LOSS, optimiser, inputs, data.labels, microbatch_size=1)
     assert tree_allclose(
         parts.model, whole.model, rtol=2 * float(jnp.finfo(dtype).eps), atol=4 * float(jnp.finfo(dtype).eps)
     )
