@@ -32,7 +32,9 @@ def compiled_programs(tmp_path_factory):
 def optimisations():
     """Has LLVM optimise little, which halves the time that tests take: most of it is compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # for processes that tests start
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -67,10 +67,10 @@ def member(tree, i):
 def test_a_member_equals_that_member_trained_alone(make_model, block_size, getkey):
     keys, data = jr.split(getkey(), 5), dataset(make_model, getkey())
     states, metrics = run(make_model, keys, data, block_size=block_size, batch_size=7)
-    chunk = eqx.filter_jit(train.train_chunk)
+    init, chunk = eqx.filter_jit(train.init), eqx.filter_jit(train.train_chunk)
     for i in range(5):
         loss = DynamicalLoss(OscillatingWeights(3, AMPLITUDES[i], PERIODS[i], stop=15))
-        alone = train.init(make_model, OPTIMISER, keys[i], {"learning_rate": RATES[i]})
+        alone = init(make_model, OPTIMISER, keys[i], {"learning_rate": RATES[i]})
         alone, expected, _ = chunk(alone, loss, OPTIMISER, data, num_steps=20, batch_size=7)
         assert tree_allclose(member(metrics, i), expected, rtol=1e-4, atol=1e-5)
         assert tree_allclose(member(states.model, i), alone.model, rtol=1e-4, atol=1e-5)
