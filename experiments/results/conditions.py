@@ -1,4 +1,5 @@
-"""One loss, setting and all its seeds: outcomes at the last evaluation, paired differences, and what became of members.
+"""One loss, setting and all its seeds: outcomes at the last evaluation and at the best, differences, and what became
+of members.
 
 Static and dynamical losses start from the same seeds, so the difference of a seed removes what the seed alone decides.
 Members that diverged have no place in a mean; they are left out of it, counted, and named. Members that collapsed on
@@ -32,8 +33,9 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Condition:
-    """One loss, at the last evaluation. `outcomes` and `differences` (dynamical - static) are indexed by split, then by
-    "accuracy" (0 to 1) or "loss" (nats); the static loss has no period, no differences and no evidence."""
+    """One loss. `outcomes` and `differences` (dynamical - static) are indexed by split, then by "accuracy" (0 to 1) or
+    "loss" (nats) at the last evaluation, or by "best accuracy" or "lowest loss", of all evaluations of a member, as if
+    it had been stopped there; the static loss has no period, no differences and no evidence."""
 
     amplitude: float
     period: float | None
@@ -93,11 +95,7 @@ def condition(
     - `static`: what to compare it with.
     - `setting`: what else than the loss is special about it, in words.
     """
-    final = {
-        split: {m: members[m].sel(split=split, evaluation_step=step).values.astype(float) for m in ("accuracy", "loss")}
-        for split, step in last.items()
-        if step is not None
-    }
+    final = {split: _measures(members.sel(split=split), step) for split, step in last.items() if step is not None}
     lost, seen = members.diverged_at.values >= 0, np.ones(members.sizes["seed"], bool)
     for split in final.values():
         seen = seen & np.isfinite(split["accuracy"])  # a mean over examples: NaN only where nobody looked
@@ -130,6 +128,17 @@ def condition(
         at_chance=guessing,
         collapsed=_collapsed(members, chance),
     )
+
+
+def _measures(members: xr.Dataset, step: int) -> dict[str, np.ndarray]:
+    """What outcomes are of, `[seed]`, for one split."""
+    accuracy, loss = members.accuracy.astype(float), members.loss.astype(float)
+    return {
+        "accuracy": accuracy.sel(evaluation_step=step).values,
+        "loss": loss.sel(evaluation_step=step).values,
+        "best accuracy": accuracy.max("evaluation_step").values,
+        "lowest loss": loss.min("evaluation_step").values,
+    }
 
 
 def _collapsed(members: xr.Dataset, chance: float) -> dict[int, Collapse]:

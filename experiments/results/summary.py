@@ -9,9 +9,10 @@ import xarray as xr
 
 from . import words
 from .conditions import Condition, condition
-from .estimate import CONFIDENCE, SAME
+from .estimate import CONFIDENCE, SAME, Estimate
 from .labelled import by_loss, by_setting, loss_unit, subject
 
+_BEST = {"accuracy": "best accuracy", "loss": "lowest loss"}
 _MOST_NAMED = 6  # of the members that collapsed, in a notice
 
 
@@ -56,8 +57,28 @@ def summarise(dataset: xr.Dataset) -> Summary:
 
 
 def _evidence(condition: Condition, loss_unit: str) -> list[str]:
-    """What the paired validation accuracies and losses establish, in plain words."""
-    return [_verdict(condition, "accuracy", 100, " points"), _verdict(condition, "loss", 1, f" {loss_unit}".rstrip())]
+    """What the paired validation accuracies and losses establish, in plain words; and what they would have, if every
+    member had been stopped at its best evaluation, where that is something else."""
+    units = {"accuracy": (100, " points"), "loss": (1, f" {loss_unit}".rstrip())}
+    sentences = [_verdict(condition, metric, *unit) for metric, unit in units.items()]
+    best = {metric: condition.difference("validation", name) for metric, name in _BEST.items()}
+    if any(_sign(e) != _sign(condition.difference("validation", metric)) for metric, e in best.items()):
+        found = " and ".join(
+            f"{words.difference(e.mean, e.low, e.high, units[metric][0])}{units[metric][1]} in validation {metric}"
+            for metric, e in best.items()
+        )
+        sentences.append(
+            f"Stopped early, {condition.name}: at the best evaluation of every member, dynamical − static is {found} "
+            "(95 % CIs)."
+        )
+    return sentences
+
+
+def _sign(difference: Estimate) -> int:
+    """1 or -1 if the interval of a difference is above or below 0; else 0."""
+    if difference.low is None or difference.high is None:
+        return 0
+    return int(difference.low > 0) - int(difference.high < 0)
 
 
 def _verdict(condition: Condition, metric: str, scale: float, unit: str) -> str:
@@ -143,6 +164,8 @@ def _notes(n_dynamical: int, dataset: xr.Dataset) -> list[str]:
         "their 95 % confidence intervals are Student's t, which assumes roughly normal differences. p is that of "
         "Wilcoxon's two-sided signed-rank test, which no single member decides, and fewer than six never establish.",
         f"Loss is the plain {minimised} loss without class weights, so that losses can be compared.",
+        "Best and lowest are those of all evaluations of a member, as if it had been stopped there. Chosen on the set "
+        "on which they are measured, they are a little too good, with either loss.",
     ]
     if n_dynamical > 1:
         notes.append(

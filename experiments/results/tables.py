@@ -23,6 +23,8 @@ _COLUMNS = (
     ("validation", "accuracy", 100, 2),
     ("train", "loss", 1, 4),
     ("validation", "loss", 1, 4),
+    ("validation", "best accuracy", 100, 2),
+    ("validation", "lowest loss", 1, 4),
 )
 
 
@@ -104,8 +106,9 @@ def write_summary(
     """
     outcomes, differences = _rows(summary)
     unit = loss_unit(dataset)
-    splits = ["train accuracy, %", "validation accuracy, %"]
-    splits += [f"train loss, {unit}", f"validation loss, {unit}"] if unit else ["train loss", "validation loss"]
+    in_nats = f", {unit}" if unit else ""
+    splits = ["train accuracy, %", "validation accuracy, %", f"train loss{in_nats}", f"validation loss{in_nats}"]
+    splits += ["best validation accuracy, %", f"lowest validation loss{in_nats}"]
     steps = ", ".join(
         f"{split} after {step:,} updates" for split, step in summary.evaluated_at.items() if step is not None
     )
@@ -118,7 +121,7 @@ def write_summary(
     lead = _lead(summary)
     lines += words.markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", "collapsed", *splits], outcomes)
     if differences:
-        splits = ["train accuracy, points", "validation accuracy, points", *splits[2:]]
+        splits = [name.replace(", %", ", points") for name in splits]
         splits += ["p, validation accuracy", "p, validation loss"]
         lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
         lines += words.markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)

@@ -85,7 +85,7 @@ def test_differences_agree_with_a_paired_t_test(metric, split):
 def test_the_evidence_says_what_the_interval_says(dynamical, verdict):
     dataset = with_accuracy([0.5, 0.6, 0.7], dynamical)
     dataset.loss[:, 0, :, 1, -1] = dataset.accuracy[:, 0, :, 1, -1]
-    accuracy, loss = summarise(dataset).conditions[1].evidence
+    accuracy, loss, *_ = summarise(dataset).conditions[1].evidence
     assert accuracy.startswith("Validation accuracy, ") and verdict in accuracy and "3 seeds" in accuracy
     assert loss.startswith("Validation loss, ") and verdict in loss and " nats (" in loss
 
@@ -108,6 +108,30 @@ def test_the_evidence_says_where_interval_and_ranks_disagree(differences, verdic
     static = np.linspace(0.62, 0.66, len(differences))
     evidence = summarise(with_accuracy(static.tolist(), (static + differences).tolist())).conditions[1].evidence
     assert evidence[0].endswith(verdict), evidence[0]
+
+
+def test_what_stopping_early_would_change_is_said(tmp_path):
+    """A static loss that overfits: in the end its validation loss is higher, at its best evaluation it is not."""
+    dataset = results(seeds=4)
+    luck = np.array([0.0, 0.01, 0.02, 0.04])
+    loss, accuracy = dataset.loss[:, 0, :, 1], dataset.accuracy[:, 0, :, 1]
+    loss[0], loss[1] = 3 + luck[:, None], 2.5 + luck[::-1, None]
+    loss[0, :, 3], loss[1, :, 3] = 2 + luck, 2 + luck[::-1]
+    accuracy[0], accuracy[1] = 0.5 + luck[:, None], 0.6 + luck[::-1, None]
+    static, dynamical = summarise(dataset).conditions
+    assert static.outcomes["validation"]["lowest loss"].values == pytest.approx(dict(enumerate(2 + luck)))
+    found = dynamical.differences["validation"]["lowest loss"]
+    oracle = stats.ttest_rel(luck[::-1], luck).confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((0, oracle.low, oracle.high), abs=1e-12)
+    assert dynamical.evidence[2] == (
+        "Stopped early, A = 10, T = 50 (1.25 ep): at the best evaluation of every member, dynamical − static is +10.00 "
+        "[4.64 to 15.36] points in validation accuracy and +0.00 [−0.05 to 0.05] nats in validation loss (95 % CIs)."
+    )
+    table = outputs(dataset, tmp_path)["markdown"]
+    assert "| best validation accuracy, % | lowest validation loss, nats |" in table
+    assert "| 61.75 ± 1.71 (61.50) | 2.0175 ± 0.0171 (2.0150) |" in table
+    loss[0, :, 3] = 3  # as high all the time: stopping early changes nothing
+    assert len(summarise(dataset).conditions[1].evidence) == 2
 
 
 def test_the_evidence_in_full():
