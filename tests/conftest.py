@@ -32,10 +32,17 @@ def compiled_programs(tmp_path_factory):
 def optimisations():
     """Has LLVM optimise little, which halves the time that tests take: most of it is compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # for processes that tests start
     yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def processes(tmp_path_factory):
+    """Processes that tests start compile as quickly, and keep their programs out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

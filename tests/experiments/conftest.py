@@ -7,15 +7,6 @@ import pytest
 from experiments.running import devices
 
 
-@pytest.fixture(autouse=True, scope="package")
-def processes(tmp_path_factory):
-    """Processes that tests start compile as quickly, and keep their programs out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
-
-
 @pytest.fixture
 def full_disk():
     """A context manager inside which no file grows beyond 2000 bytes."""
