@@ -21,7 +21,7 @@ from ..results.words import difference, markdown_table, spread
 
 FALSE_DISCOVERIES = 0.05
 _COUNTS = ("n", "static_n", "seeds", "significant", "collapsed", "static_collapsed")
-_Metric = Literal["accuracy", "loss"]
+_Metric = Literal["accuracy", "loss", "best accuracy", "lowest loss"]
 _GAIN = {"gain": "mean", "low": "low", "high": "high"}
 _LEGEND = (
     "In %, mean ± std over seeds. ▲ ▼: significantly above, below the static loss of the same seeds (two-sided paired "
@@ -38,7 +38,7 @@ def loss_function(dataset: xr.Dataset) -> str:
 
 
 def statistics(part: xr.Dataset, metric: _Metric = "accuracy") -> xr.Dataset:
-    """The phase diagram of one setting, of accuracy or loss, each split at its last evaluation.
+    """The phase diagram of one setting, of accuracy or loss, each split at its last evaluation or at the best one.
 
     Accuracies are fractions; NaN is what too few seeds cannot give. With dimensions `split`, `amplitude` (those above
     1) and `period`: `mean`, `std` and number `n` of the members that did not diverge; `gain`, the mean of their paired
@@ -125,7 +125,7 @@ def markdown(dataset: xr.Dataset) -> list[str]:
         train, validation = (statistics(part).sel(split=split) for split in SPLITS)
         lines += ["", f"### {setting}"] if setting else []
         lines += [*_table(train), *_table(validation), "", _verdict(train), _verdict(validation), _best(validation)]
-        lines += _of_loss(statistics(part, "loss").sel(split="validation"), loss_unit(part))
+        lines += [*_of_loss(statistics(part, "loss").sel(split="validation"), loss_unit(part)), _stopped(part)]
         gain = over_cells(part, "validation", "difference")
         compared = " / ".join(map(str, counts(validation)))
         overview.append([setting, _spread(validation, "static_"), compared, _points(gain.mean, gain.low, gain.high)])
@@ -169,6 +169,17 @@ def _of_loss(cells: xr.Dataset, unit: str) -> list[str]:
         where = f"A = {cell.amplitude.item():g}, T = {cell.period.item():g}"
         lines.append(f"- It is lowest at {where} with {_spread(cell, '', 1, 2)}; against the static loss: {change}.")
     return lines
+
+
+def _stopped(part: xr.Dataset) -> str:
+    """What is established if every member is stopped at its best evaluation, for which it need not overfit."""
+    metrics: tuple[_Metric, ...] = ("best accuracy", "lowest loss")
+    accuracy, loss = (counts(statistics(part, metric).sel(split="validation")) for metric in metrics)
+    return (
+        "- Stopped early, every member at the best of its evaluations: validation accuracy significantly better in "
+        f"{accuracy[0]}, worse in {accuracy[1]}, undecided in {accuracy[2]}; validation loss significantly lower in "
+        f"{loss[1]}, higher in {loss[0]}, undecided in {loss[2]}."
+    )
 
 
 def _verdict(cells: xr.Dataset) -> str:

@@ -188,6 +188,21 @@ def test_the_loss_is_compared_as_the_accuracy_is_and_lower_is_better():
     assert f"Static loss (A = 1), validation loss: {values[0, 0].mean():.2f} ± " in text
 
 
+def test_a_loss_that_is_lower_only_because_the_static_one_overfits_is_not_lower_where_both_are_stopped_early():
+    dataset = diagram()
+    wobble = np.array([0.01, -0.01] * 3)
+    early, end = (dataset.loss.values[..., 1, k] for k in (0, 1))
+    early[:1], end[:1] = 0.3 + wobble, 0.9 + wobble
+    early[1:], end[1:] = 0.3 - wobble, 0.4 - wobble
+    dataset.accuracy.values[1:, ..., 1, 0] = dataset.accuracy.values[:1, ..., 1, :].max(-1) + 0.1 + wobble
+    text = "\n".join(markdown(dataset))
+    assert "it is significantly lower with the dynamical loss in 9, significantly higher in 0, undecided in 0." in text
+    assert (
+        "- Stopped early, every member at the best of its evaluations: validation accuracy significantly better in 9, "
+        "worse in 0, undecided in 0; validation loss significantly lower in 0, higher in 0, undecided in 9."
+    ) in text
+
+
 def test_members_that_collapsed_are_counted_in_tables_but_stay_in_means():
     dataset = diagram()
     dataset.accuracy[2, 1, :2, 1, -1] = 0.1
