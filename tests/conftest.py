@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import jax
 import jax.random as jr
@@ -51,6 +52,8 @@ def memory_maps():
     LLVM says "Cannot allocate memory", and the process ends in a segmentation fault."""
     yield
     jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or len(maps.read_bytes().splitlines()) < 30_000, "programs stay in memory"
 
 
 @pytest.fixture
