@@ -48,8 +48,8 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def memory_maps():
-    """Drops a module's programs: each takes a few memory maps, of which Linux gives a process 65,530. Without any left,
-    LLVM says "Cannot allocate memory", and the process ends in a segmentation fault."""
+    """Drops a module's programs: each takes a few memory maps, of which a process on Linux usually has 65,530. Without
+    any left, LLVM says "Cannot allocate memory", and the process ends in a segmentation fault."""
     yield
     jax.clear_caches()
     maps = Path("/proc/self/maps")

@@ -320,10 +320,9 @@ def test_names_of_workloads_are_unique():
 
 @pytest.fixture
 def plain_pytest(monkeypatch):
-    """Processes of pytest do not take themselves for workers of xdist, even if this one is, and compile quickly."""
+    """Processes of pytest do not take themselves for workers of xdist, even if this one is."""
     for variable in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.mark.slow

@@ -147,7 +147,8 @@ def test_the_largest_eigenvalue_of_the_hessian_is_that_of_a_cpu(dtype, tolerance
     assert np.isclose(ours, theirs, rtol=tolerance)
 
 
-def test_the_command_trains_on_it(tmp_path):
+def test_the_command_trains_on_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # as its users have it
     flags = "--dataset digits --preset quick --width 4 --epochs 1 --seeds 2".split()
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "experiments.cifar", *flags, "--out", str(tmp_path / "run")]

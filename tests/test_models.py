@@ -66,9 +66,11 @@ def test_derivatives_of_an_mlp_are_those_of_its_layers(in_size, width, depth, ge
             return gradient(arrays), jax.jvp(gradient, (arrays,), (arrays,)), jax.jacfwd(out)(arrays)
 
         arrays, static = eqx.partition(models, eqx.is_array)
-        return jax.jit(lambda arrays: (jax.vmap(of_one)(arrays), of_one(jax.tree.map(lambda leaf: leaf[0], arrays))))(
-            arrays
+        together_and_alone = lambda arrays: (
+            jax.vmap(of_one)(arrays),
+            of_one(jax.tree.map(lambda leaf: leaf[0], arrays)),
         )
+        return jax.jit(together_and_alone)(arrays)
 
     assert tree_allclose(derivatives(lambda model, x: jax.vmap(model)(x)), derivatives(by_the_book))
 

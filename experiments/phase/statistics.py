@@ -172,13 +172,13 @@ def _of_loss(cells: xr.Dataset, unit: str) -> list[str]:
 
 
 def _stopped(part: xr.Dataset) -> str:
-    """What is established if every member is stopped at its best evaluation, for which it need not overfit."""
+    """What is established if every member is stopped at its best evaluation, before it overfits."""
     metrics: tuple[_Metric, ...] = ("best accuracy", "lowest loss")
     accuracy, loss = (counts(statistics(part, metric).sel(split="validation")) for metric in metrics)
     return (
-        "- Stopped early, every member at the best of its evaluations: validation accuracy significantly better in "
-        f"{accuracy[0]}, worse in {accuracy[1]}, undecided in {accuracy[2]}; validation loss significantly lower in "
-        f"{loss[1]}, higher in {loss[0]}, undecided in {loss[2]}."
+        "- Stopped early: every member at its best validation accuracy, that is significantly better in "
+        f"{accuracy[0]} of {sum(accuracy)} cells, worse in {accuracy[1]}, undecided in {accuracy[2]}; every member at "
+        f"its lowest validation loss, that is lower in {loss[1]}, higher in {loss[0]}, undecided in {loss[2]}."
     )
 
 

@@ -34,8 +34,9 @@ class Collapse:
 @dataclass(frozen=True)
 class Condition:
     """One loss. `outcomes` and `differences` (dynamical - static) are indexed by split, then by "accuracy" (0 to 1) or
-    "loss" (nats) at the last evaluation, or by "best accuracy" or "lowest loss", of all evaluations of a member, as if
-    it had been stopped there; the static loss has no period, no differences and no evidence."""
+    "loss" (nats) at the last evaluation; for validation also as if every member had been stopped early, at its "best
+    accuracy" ("loss at best accuracy") or its "lowest loss" ("accuracy at lowest loss"). The static loss has no period,
+    no differences and no evidence."""
 
     amplitude: float
     period: float | None
@@ -95,7 +96,11 @@ def condition(
     - `static`: what to compare it with.
     - `setting`: what else than the loss is special about it, in words.
     """
-    final = {split: _measures(members.sel(split=split), step) for split, step in last.items() if step is not None}
+    final = {
+        split: {m: members[m].sel(split=split, evaluation_step=step).values.astype(float) for m in ("accuracy", "loss")}
+        for split, step in last.items()
+        if step is not None
+    }
     lost, seen = members.diverged_at.values >= 0, np.ones(members.sizes["seed"], bool)
     for split in final.values():
         seen = seen & np.isfinite(split["accuracy"])  # a mean over examples: NaN only where nobody looked
@@ -103,6 +108,8 @@ def condition(
     seeds: list[int] = members.seed.values.tolist()
     survivors = [(i, seed) for i, seed in enumerate(seeds) if seen[i] and not lost[i]]
 
+    if "validation" in final:
+        final["validation"] |= _stopped_early(members.sel(split="validation"))
     outcomes = {
         split: {m: Estimate.of({seed: float(v[i]) for i, seed in survivors}) for m, v in metrics.items()}
         for split, metrics in final.items()
@@ -130,15 +137,14 @@ def condition(
     )
 
 
-def _measures(members: xr.Dataset, step: int) -> dict[str, np.ndarray]:
-    """What outcomes are of, `[seed]`, for one split."""
-    accuracy, loss = members.accuracy.astype(float), members.loss.astype(float)
-    return {
-        "accuracy": accuracy.sel(evaluation_step=step).values,
-        "loss": loss.sel(evaluation_step=step).values,
-        "best accuracy": accuracy.max("evaluation_step").values,
-        "lowest loss": loss.min("evaluation_step").values,
-    }
+def _stopped_early(members: xr.Dataset) -> dict[str, np.ndarray]:
+    """Accuracy and loss, `[seed]`, where each is best among the evaluations of a member, and the other one there."""
+    accuracy, loss = (members[m].transpose("seed", ...).values.astype(float) for m in ("accuracy", "loss"))
+    at_best = np.nan_to_num(accuracy, nan=-1).argmax(1, keepdims=True)
+    at_lowest = np.nan_to_num(loss, nan=np.inf).argmin(1, keepdims=True)
+    at = {"best accuracy": (accuracy, at_best), "loss at best accuracy": (loss, at_best)}
+    at |= {"lowest loss": (loss, at_lowest), "accuracy at lowest loss": (accuracy, at_lowest)}
+    return {name: np.take_along_axis(values, where, 1)[:, 0] for name, (values, where) in at.items()}
 
 
 def _collapsed(members: xr.Dataset, chance: float) -> dict[int, Collapse]:

@@ -48,6 +48,13 @@ class Estimate:
         pairs = ((int(seed), float(value)) for seed, value in zip(seeds, values, strict=True))
         return cls.of({seed: value for seed, value in pairs if math.isfinite(value)}, differences)
 
+    @property
+    def sign(self) -> int:
+        """Of differences: 1 or -1 where the interval is above or below 0, else 0, as where all differ by the same."""
+        if self.std is None or self.low is None or self.high is None or self.std < SAME:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
     def spread(self, scale: float = 1, digits: int = 2) -> str:
         """Mean ± std in words."""
         return words.spread(self.mean, self.std, scale, digits)

@@ -9,10 +9,9 @@ import xarray as xr
 
 from . import words
 from .conditions import Condition, condition
-from .estimate import CONFIDENCE, SAME, Estimate
+from .estimate import CONFIDENCE, SAME
 from .labelled import by_loss, by_setting, loss_unit, subject
 
-_BEST = {"accuracy": "best accuracy", "loss": "lowest loss"}
 _MOST_NAMED = 6  # of the members that collapsed, in a notice
 
 
@@ -29,7 +28,7 @@ class Summary:
 
 
 def summarise(dataset: xr.Dataset) -> Summary:
-    """Statistics of each split at its last evaluation, for the dataset that `labelled` describes."""
+    """Statistics of each split at its last and its best evaluations, for the dataset that `labelled` describes."""
     if dataset.amplitude.values[0] != 1:
         raise ValueError(f"the first amplitude must be 1, the static loss, not {dataset.amplitude.values[0]:g}.")
     everything: list[Condition] = []
@@ -57,28 +56,23 @@ def summarise(dataset: xr.Dataset) -> Summary:
 
 
 def _evidence(condition: Condition, loss_unit: str) -> list[str]:
-    """What the paired validation accuracies and losses establish, in plain words; and what they would have, if every
-    member had been stopped at its best evaluation, where that is something else."""
-    units = {"accuracy": (100, " points"), "loss": (1, f" {loss_unit}".rstrip())}
-    sentences = [_verdict(condition, metric, *unit) for metric, unit in units.items()]
-    best = {metric: condition.difference("validation", name) for metric, name in _BEST.items()}
-    if any(_sign(e) != _sign(condition.difference("validation", metric)) for metric, e in best.items()):
-        found = " and ".join(
-            f"{words.difference(e.mean, e.low, e.high, units[metric][0])}{units[metric][1]} in validation {metric}"
-            for metric, e in best.items()
-        )
-        sentences.append(
-            f"Stopped early, {condition.name}: at the best evaluation of every member, dynamical − static is {found} "
-            "(95 % CIs)."
-        )
-    return sentences
+    """What the paired validation accuracies and losses establish, in plain words; and what they would be if members had
+    been stopped early, where that establishes something else."""
+    unit = f" {loss_unit}".rstrip()
+    sentences = [_verdict(condition, "accuracy", 100, " points"), _verdict(condition, "loss", 1, unit)]
+    pairs = ("accuracy", "best accuracy"), ("loss", "lowest loss")
+    signs = [[condition.difference("validation", name).sign for name in pair] for pair in pairs]
+    return sentences if all(last == best for last, best in signs) else [*sentences, _stopped_early(condition, unit)]
 
 
-def _sign(difference: Estimate) -> int:
-    """1 or -1 if the interval of a difference is above or below 0; else 0."""
-    if difference.low is None or difference.high is None:
-        return 0
-    return int(difference.low > 0) - int(difference.high < 0)
+def _stopped_early(condition: Condition, unit: str) -> str:
+    accuracy = lambda name: condition.difference("validation", name).difference(100) + " points"
+    loss = lambda name: condition.difference("validation", name).difference() + unit
+    return (
+        f"Stopped early, {condition.name}, dynamical − static: every member at its best validation accuracy "
+        f"{accuracy('best accuracy')} and {loss('loss at best accuracy')}; at its lowest validation loss "
+        f"{accuracy('accuracy at lowest loss')} and {loss('lowest loss')}."
+    )
 
 
 def _verdict(condition: Condition, metric: str, scale: float, unit: str) -> str:
@@ -93,11 +87,11 @@ def _verdict(condition: Condition, metric: str, scale: float, unit: str) -> str:
     lead += f" ({interval}, {found.n} seeds, signed-rank p = {words.p_value(found.rank_p)})"
     if found.std < SAME:
         return f"{lead}: all seeds differ by the same amount, too few distinct values to establish a difference."
-    if found.low <= 0 <= found.high:
+    if not found.sign:
         ranks = " by the interval, though the ranks speak for one" if found.rank_p < 1 - CONFIDENCE else ""
         return f"{lead}: no difference established{ranks}."
     ranks = "" if found.rank_p < 1 - CONFIDENCE else " by the interval; the ranks alone do not show it"
-    return f"{lead}: {'higher' if found.low > 0 else 'lower'} with the dynamical loss{ranks}."
+    return f"{lead}: {'higher' if found.sign > 0 else 'lower'} with the dynamical loss{ranks}."
 
 
 def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -> list[str]:
@@ -164,8 +158,8 @@ def _notes(n_dynamical: int, dataset: xr.Dataset) -> list[str]:
         "their 95 % confidence intervals are Student's t, which assumes roughly normal differences. p is that of "
         "Wilcoxon's two-sided signed-rank test, which no single member decides, and fewer than six never establish.",
         f"Loss is the plain {minimised} loss without class weights, so that losses can be compared.",
-        "Best and lowest are those of all evaluations of a member, as if it had been stopped there. Chosen on the set "
-        "on which they are measured, they are a little too good, with either loss.",
+        "Stopped early: at the best of the evaluations that were made. It is chosen on the set on which it is "
+        "measured, and so a little too good; one in the middle of a period finds a dynamical loss at a disadvantage.",
     ]
     if n_dynamical > 1:
         notes.append(

@@ -17,29 +17,54 @@ from .files import PACKAGES, file_name, write_texts
 from .labelled import SPLITS, loss_unit
 from .summary import Summary
 
-MOST_SENTENCES = 12  # that a summary begins with, before the tables
-_COLUMNS = (
-    ("train", "accuracy", 100, 2),
-    ("validation", "accuracy", 100, 2),
-    ("train", "loss", 1, 4),
-    ("validation", "loss", 1, 4),
-    ("validation", "best accuracy", 100, 2),
-    ("validation", "lowest loss", 1, 4),
+_MOST_EXPLAINED = 6  # losses, with sentences, that a summary begins with, before the tables
+_Columns = tuple[tuple[str, str, str, bool], ...]  # name, split, metric, and whether it is a fraction
+_IN_THE_END: _Columns = (
+    ("train accuracy", "train", "accuracy", True),
+    ("validation accuracy", "validation", "accuracy", True),
+    ("train loss", "train", "loss", False),
+    ("validation loss", "validation", "loss", False),
+)
+_STOPPED_EARLY: _Columns = (
+    ("best validation accuracy", "validation", "best accuracy", True),
+    ("loss there", "validation", "loss at best accuracy", False),
+    ("lowest validation loss", "validation", "lowest loss", False),
+    ("accuracy there", "validation", "accuracy at lowest loss", True),
 )
 
 
-def _rows(summary: Summary) -> tuple[list[list[str]], list[list[str]]]:
-    """The cells of the two tables: outcomes of every condition, and differences of the dynamical ones."""
-    outcomes, differences = [], []
+def _outcomes(summary: Summary, columns: _Columns, unit: str) -> list[str]:
+    """A table of every condition."""
+    lead = [*_lead(summary), "A", "T (updates)", "seeds used", "diverged", "collapsed"]
+    rows = []
     for c in summary.conditions:
-        lead = [c.setting] * bool(c.setting) + c.cells
-        cells = [c.outcome(split, m).spread_and_median(scale, digits) for split, m, scale, digits in _COLUMNS]
-        outcomes.append([*lead, str(len(c.diverged)), str(len(c.collapsed)), *cells])
-        if c.period is not None:
-            cells = [c.difference(split, m).difference(scale, digits) for split, m, scale, digits in _COLUMNS]
-            cells += [words.p_value(c.difference("validation", m).rank_p) for m in ("accuracy", "loss")]
-            differences.append([*lead[:-1], str(max(c.difference(split).n for split in SPLITS)), *cells])
-    return outcomes, differences
+        cells = [*c.cells, str(len(c.diverged)), str(len(c.collapsed))]
+        for _, split, metric, is_fraction in columns:
+            cells.append(c.outcome(split, metric).spread_and_median(*((100, 2) if is_fraction else (1, 4))))
+        rows.append([c.setting] * bool(c.setting) + cells)
+    return words.markdown_table([*lead, *_headers(columns, "%", unit)], rows)
+
+
+def _differences(summary: Summary, columns: _Columns, unit: str) -> list[str]:
+    """A table of the dynamical conditions: paired differences, and p-values of those in the validation set."""
+    lead = [*_lead(summary), "A", "T (updates)", "seeds"]
+    tested = [column for column in columns if column[1] == "validation"]
+    rows = []
+    for c in summary.conditions:
+        if c.period is None:
+            continue
+        cells = [*c.cells[:-1], str(max(c.difference(split).n for split in SPLITS))]
+        for _, split, metric, is_fraction in columns:
+            cells.append(c.difference(split, metric).difference(*((100, 2) if is_fraction else (1, 4))))
+        cells += [words.p_value(c.difference(split, metric).rank_p) for _, split, metric, _ in tested]
+        rows.append([c.setting] * bool(c.setting) + cells)
+    headers = [*_headers(columns, "points", unit), *(f"p, {name}" for name, *_ in tested)]
+    return words.markdown_table([*lead, *headers], rows)
+
+
+def _headers(columns: _Columns, fractions: str, losses: str) -> list[str]:
+    units = [fractions if is_fraction else losses for *_, is_fraction in columns]
+    return [f"{name}, {unit}" if unit else name for (name, *_), unit in zip(columns, units, strict=True)]
 
 
 def console_table(summary: Summary) -> Table:
@@ -102,29 +127,25 @@ def write_summary(
     """Writes `summary.md` and `summary.json`.
 
     `more` are lines that `summary.md` has after the tables, and `also` what `summary.json` has besides. The first
-    begins with a sentence for every loss, unless there are many: then these are in `summary.json` only.
+    begins with sentences for every loss, unless there are many: then these are in `summary.json` only.
     """
-    outcomes, differences = _rows(summary)
     unit = loss_unit(dataset)
-    in_nats = f", {unit}" if unit else ""
-    splits = ["train accuracy, %", "validation accuracy, %", f"train loss{in_nats}", f"validation loss{in_nats}"]
-    splits += ["best validation accuracy, %", f"lowest validation loss{in_nats}"]
     steps = ", ".join(
         f"{split} after {step:,} updates" for split, step in summary.evaluated_at.items() if step is not None
     )
     lines = [f"# Static and dynamical loss on {summary.dataset}", ""]
     for notice in summary.notices:
         lines += [f"> **{notice}**", ""]
-    evidence = [f"- {sentence}" for c in summary.conditions for sentence in c.evidence]
-    lines += evidence if len(evidence) <= MOST_SENTENCES else []
-    lines += ["", f"## Results ({steps or 'nothing was evaluated'})", ""]
-    lead = _lead(summary)
-    lines += words.markdown_table([*lead, "A", "T (updates)", "seeds used", "diverged", "collapsed", *splits], outcomes)
-    if differences:
-        splits = [name.replace(", %", ", points") for name in splits]
-        splits += ["p, validation accuracy", "p, validation loss"]
-        lines += ["", "## Paired differences, dynamical − static: mean [95 % CI]", ""]
-        lines += words.markdown_table([*lead, "A", "T (updates)", "seeds", *splits], differences)
+    explained = [c.evidence for c in summary.conditions if c.evidence]
+    if len(explained) <= _MOST_EXPLAINED:
+        lines += [f"- {sentence}" for evidence in explained for sentence in evidence]
+    for columns, title, differences in (
+        (_IN_THE_END, f"Results ({steps or 'nothing was evaluated'})", "Paired differences, dynamical − static"),
+        (_STOPPED_EARLY, "Every member stopped early, at its best evaluation", "Paired differences, stopped early"),
+    ):
+        lines += ["", f"## {title}", "", *_outcomes(summary, columns, unit)]
+        if any(c.period is not None for c in summary.conditions):
+            lines += ["", f"## {differences}: mean [95 % CI]", "", *_differences(summary, columns, unit)]
     lines += ["", *more] if more else []
     lines += ending(summary.notes, dataset)
 

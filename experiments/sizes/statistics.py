@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..results import words
 from ..results.conditions import Condition
-from ..results.estimate import CONFIDENCE, SAME, Estimate
+from ..results.estimate import CONFIDENCE, Estimate
 from ..results.labelled import by_loss, by_setting
 from ..results.summary import summarise
 
@@ -83,11 +83,7 @@ def _sharpness(members: xr.Dataset, condition: Condition) -> dict[int, float]:
 
 def established(difference: Estimate) -> int:
     """1 or -1 where differences are above or below 0 by their 95 % interval and by the signed-rank test, else 0."""
-    if difference.low is None or difference.high is None or difference.std is None or difference.rank_p is None:
-        return 0
-    if difference.std < SAME or difference.rank_p >= 1 - CONFIDENCE:
-        return 0
-    return int(difference.low > 0) - int(difference.high < 0)
+    return difference.sign if difference.rank_p is not None and difference.rank_p < 1 - CONFIDENCE else 0
 
 
 def markdown(found: Sequence[Point]) -> list[str]:

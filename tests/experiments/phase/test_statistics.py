@@ -198,8 +198,9 @@ def test_a_loss_that_is_lower_only_because_the_static_one_overfits_is_not_lower_
     text = "\n".join(markdown(dataset))
     assert "it is significantly lower with the dynamical loss in 9, significantly higher in 0, undecided in 0." in text
     assert (
-        "- Stopped early, every member at the best of its evaluations: validation accuracy significantly better in 9, "
-        "worse in 0, undecided in 0; validation loss significantly lower in 0, higher in 0, undecided in 9."
+        "- Stopped early: every member at its best validation accuracy, that is significantly better in 9 of 9 cells, "
+        "worse in 0, undecided in 0; every member at its lowest validation loss, that is lower in 0, higher in 0, "
+        "undecided in 9."
     ) in text
 
 

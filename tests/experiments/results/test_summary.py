@@ -85,7 +85,7 @@ def test_differences_agree_with_a_paired_t_test(metric, split):
 def test_the_evidence_says_what_the_interval_says(dynamical, verdict):
     dataset = with_accuracy([0.5, 0.6, 0.7], dynamical)
     dataset.loss[:, 0, :, 1, -1] = dataset.accuracy[:, 0, :, 1, -1]
-    accuracy, loss, *_ = summarise(dataset).conditions[1].evidence
+    accuracy, loss = summarise(dataset).conditions[1].evidence[:2]
     assert accuracy.startswith("Validation accuracy, ") and verdict in accuracy and "3 seeds" in accuracy
     assert loss.startswith("Validation loss, ") and verdict in loss and " nats (" in loss
 
@@ -118,19 +118,35 @@ def test_what_stopping_early_would_change_is_said(tmp_path):
     loss[0], loss[1] = 3 + luck[:, None], 2.5 + luck[::-1, None]
     loss[0, :, 3], loss[1, :, 3] = 2 + luck, 2 + luck[::-1]
     accuracy[0], accuracy[1] = 0.5 + luck[:, None], 0.6 + luck[::-1, None]
+    accuracy[:, :, 5] += 0.05
     static, dynamical = summarise(dataset).conditions
-    assert static.outcomes["validation"]["lowest loss"].values == pytest.approx(dict(enumerate(2 + luck)))
-    found = dynamical.differences["validation"]["lowest loss"]
+    found = {name: e.mean for name, e in static.outcomes["validation"].items()}
+    assert found == pytest.approx({
+        "accuracy": 0.5175, "loss": 3.0175, "best accuracy": 0.5675, "loss at best accuracy": 3.0175,
+        "lowest loss": 2.0175, "accuracy at lowest loss": 0.5175,
+    })  # fmt: skip
+    lowest = dynamical.differences["validation"]["lowest loss"]
     oracle = stats.ttest_rel(luck[::-1], luck).confidence_interval(0.95)
-    assert (found.mean, found.low, found.high) == pytest.approx((0, oracle.low, oracle.high), abs=1e-12)
-    assert dynamical.evidence[2] == (
-        "Stopped early, A = 10, T = 50 (1.25 ep): at the best evaluation of every member, dynamical − static is +10.00 "
-        "[4.64 to 15.36] points in validation accuracy and +0.00 [−0.05 to 0.05] nats in validation loss (95 % CIs)."
+    assert (lowest.mean, lowest.low, lowest.high) == pytest.approx((0, oracle.low, oracle.high), abs=1e-12)
+    assert len(dynamical.evidence) == 3 and dynamical.evidence[2] == (
+        "Stopped early, A = 10, T = 50 (1.25 ep), dynamical − static: every member at its best validation accuracy "
+        "+10.00 [4.64 to 15.36] points and −0.50 [−0.55 to −0.45] nats; at its lowest validation loss "
+        "+10.00 [4.64 to 15.36] points and +0.00 [−0.05 to 0.05] nats."
     )
     table = outputs(dataset, tmp_path)["markdown"]
-    assert "| best validation accuracy, % | lowest validation loss, nats |" in table
-    assert "| 61.75 ± 1.71 (61.50) | 2.0175 ± 0.0171 (2.0150) |" in table
-    loss[0, :, 3] = 3  # as high all the time: stopping early changes nothing
+    assert (
+        "| best validation accuracy, % | loss there, nats | lowest validation loss, nats | accuracy there, % |" in table
+    )
+    assert "| 56.75 ± 1.71 (56.50) | 3.0175 ± 0.0171 (3.0150) | 2.0175 ± 0.0171 (2.0150) | 51.75 " in table
+    assert "| +10.00 [4.64 to 15.36] | −0.5000 [−0.5536 to −0.4464] | +0.0000 [−0.0536 to 0.0536] | +10.00 " in table
+
+
+def test_where_stopping_early_establishes_the_same_nothing_is_said_of_it():
+    assert len(summarise(results(seeds=8)).conditions[1].evidence) == 2
+    dataset = with_accuracy([0.5, 0.6, 0.7, 0.65], [0.51, 0.61, 0.71, 0.66])  # all differ by the same amount
+    dataset.accuracy[:, :, :, 1, :-1] = 0.1
+    dataset.loss[:, :, :, 1] = 1 + dataset.seed.values[:, None] / 10
+    assert [e.sign for e in summarise(dataset).conditions[1].differences["validation"].values()] == [0] * 6
     assert len(summarise(dataset).conditions[1].evidence) == 2
 
 
@@ -238,7 +254,7 @@ def test_one_seed_has_a_mean_but_no_spread(tmp_path):
     dataset = results(seeds=1)
     texts = outputs(dataset, tmp_path)
     rows = [line for line in texts["markdown"].splitlines() if line.startswith("| 1")]
-    assert len(rows) == 3 and not any("±" in row or "[" in row or "nan" in row for row in rows)
+    assert len(rows) == 6 and not any("±" in row or "[" in row or "nan" in row for row in rows)
     assert "(1 seed): one seed has no interval, so no difference is established" in texts["markdown"]
     difference = json.loads(texts["json"])["conditions"][1]["differences"]["validation"]["accuracy"]
     assert difference["n"] == 1 and difference["std"] is None and difference["low"] is None
