@@ -15,8 +15,11 @@ from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
 from .helpers import slow, tree_allclose
 
-init, evaluate, minibatches = (eqx.filter_jit(f) for f in (train.init, train.evaluate, train.minibatches))
-train_step, train_chunk = eqx.filter_jit(train.train_step), eqx.filter_jit(train.train_chunk)
+init = eqx.filter_jit(train.init)
+train_step = eqx.filter_jit(train.train_step)
+train_chunk = eqx.filter_jit(train.train_chunk)
+minibatches = eqx.filter_jit(train.minibatches)
+evaluate = eqx.filter_jit(train.evaluate)
 
 OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
 LOSS = DynamicalLoss(OscillatingWeights(3, 5.0, 4.0))
