@@ -18,18 +18,19 @@ from .labelled import SPLITS, loss_unit
 from .summary import Summary
 
 _MOST_EXPLAINED = 6  # losses, with sentences, that a summary begins with, before the tables
-_Columns = tuple[tuple[str, str, str, bool], ...]  # name, split, metric, and whether it is a fraction
+_PERCENT, _LOSS = (100, 2), (1, 4)  # scale and digits
+_Columns = tuple[tuple[str, str, str, tuple[int, int]], ...]  # name, split, metric, scale and digits
 _IN_THE_END: _Columns = (
-    ("train accuracy", "train", "accuracy", True),
-    ("validation accuracy", "validation", "accuracy", True),
-    ("train loss", "train", "loss", False),
-    ("validation loss", "validation", "loss", False),
+    ("train accuracy", "train", "accuracy", _PERCENT),
+    ("validation accuracy", "validation", "accuracy", _PERCENT),
+    ("train loss", "train", "loss", _LOSS),
+    ("validation loss", "validation", "loss", _LOSS),
 )
 _STOPPED_EARLY: _Columns = (
-    ("best validation accuracy", "validation", "best accuracy", True),
-    ("loss there", "validation", "loss at best accuracy", False),
-    ("lowest validation loss", "validation", "lowest loss", False),
-    ("accuracy there", "validation", "accuracy at lowest loss", True),
+    ("best validation accuracy", "validation", "best accuracy", _PERCENT),
+    ("loss there", "validation", "loss at best accuracy", _LOSS),
+    ("lowest validation loss", "validation", "lowest loss", _LOSS),
+    ("accuracy there", "validation", "accuracy at lowest loss", _PERCENT),
 )
 
 
@@ -39,8 +40,7 @@ def _outcomes(summary: Summary, columns: _Columns, unit: str) -> list[str]:
     rows = []
     for c in summary.conditions:
         cells = [*c.cells, str(len(c.diverged)), str(len(c.collapsed))]
-        for _, split, metric, is_fraction in columns:
-            cells.append(c.outcome(split, metric).spread_and_median(*((100, 2) if is_fraction else (1, 4))))
+        cells += [c.outcome(split, metric).spread_and_median(*scale) for _, split, metric, scale in columns]
         rows.append([c.setting] * bool(c.setting) + cells)
     return words.markdown_table([*lead, *_headers(columns, "%", unit)], rows)
 
@@ -54,16 +54,16 @@ def _differences(summary: Summary, columns: _Columns, unit: str) -> list[str]:
         if c.period is None:
             continue
         cells = [*c.cells[:-1], str(max(c.difference(split).n for split in SPLITS))]
-        for _, split, metric, is_fraction in columns:
-            cells.append(c.difference(split, metric).difference(*((100, 2) if is_fraction else (1, 4))))
+        cells += [c.difference(split, metric).difference(*scale) for _, split, metric, scale in columns]
         cells += [words.p_value(c.difference(split, metric).rank_p) for _, split, metric, _ in tested]
         rows.append([c.setting] * bool(c.setting) + cells)
     headers = [*_headers(columns, "points", unit), *(f"p, {name}" for name, *_ in tested)]
     return words.markdown_table([*lead, *headers], rows)
 
 
-def _headers(columns: _Columns, fractions: str, losses: str) -> list[str]:
-    units = [fractions if is_fraction else losses for *_, is_fraction in columns]
+def _headers(columns: _Columns, accuracy: str, loss: str) -> list[str]:
+    """The names of columns with their units."""
+    units = [accuracy if scale == _PERCENT else loss for *_, scale in columns]
     return [f"{name}, {unit}" if unit else name for (name, *_), unit in zip(columns, units, strict=True)]
 
 
