@@ -38,7 +38,8 @@ def loss_function(dataset: xr.Dataset) -> str:
 
 
 def statistics(part: xr.Dataset, metric: _Metric = "accuracy") -> xr.Dataset:
-    """The phase diagram of one setting, of accuracy or loss, each split at its last evaluation or at the best one.
+    """The phase diagram of one setting, of accuracy or loss, each split at its last evaluation; or of the validation
+    set at every member's best one.
 
     Accuracies are fractions; NaN is what too few seeds cannot give. With dimensions `split`, `amplitude` (those above
     1) and `period`: `mean`, `std` and number `n` of the members that did not diverge; `gain`, the mean of their paired
@@ -47,14 +48,13 @@ def statistics(part: xr.Dataset, metric: _Metric = "accuracy") -> xr.Dataset:
     `split` alone: `static_mean`, `static_std`, `static_n`, `static_collapsed`, and the number of `seeds` that were
     trained.
     """
-    static, *dynamical = summarise(part).conditions
-    found = [_cells(part, split, static, dynamical, metric) for split in SPLITS]
-    return xr.concat(found, xr.DataArray(list(SPLITS), dims="split", name="split"), data_vars="all")
+    conditions = summarise(part).conditions
+    return xr.concat([_cells(part, split, conditions, metric) for split in SPLITS], "split", data_vars="all")
 
 
-def _cells(
-    part: xr.Dataset, split: str, static: Condition, dynamical: Sequence[Condition], metric: _Metric
-) -> xr.Dataset:
+def _cells(part: xr.Dataset, split: str, conditions: Sequence[Condition], metric: _Metric) -> xr.Dataset:
+    """The diagram of one split."""
+    static, *dynamical = conditions
     reference = static.outcome(split, metric)
     outcomes = [c.outcome(split, metric) for c in dynamical]
     gains = [c.difference(split, metric) for c in dynamical]
@@ -69,7 +69,7 @@ def _cells(
     for name, values in cells.items():
         values = np.array(values, None if name in _COUNTS else float)  # None becomes NaN
         grids[name] = (("amplitude", "period"), values.reshape(-1, part.sizes["period"])) if values.ndim else values
-    return xr.Dataset(grids, {"amplitude": part.amplitude.values[1:], "period": part.period.values})
+    return xr.Dataset(grids, {"amplitude": part.amplitude.values[1:], "period": part.period.values, "split": split})
 
 
 def _p_value(differences: Estimate) -> float:
@@ -122,10 +122,13 @@ def markdown(dataset: xr.Dataset) -> list[str]:
     lines = [f"## Phase diagram{loss_function(dataset)}: accuracy over amplitude A and period T", "", _LEGEND]
     overview = []
     for setting, part in by_setting(dataset):
-        train, validation = (statistics(part).sel(split=split) for split in SPLITS)
+        conditions = summarise(part).conditions
+        train, validation = (_cells(part, split, conditions, "accuracy") for split in SPLITS)
         lines += ["", f"### {setting}"] if setting else []
         lines += [*_table(train), *_table(validation), "", _verdict(train), _verdict(validation), _best(validation)]
-        lines += [*_of_loss(statistics(part, "loss").sel(split="validation"), loss_unit(part)), _stopped(part)]
+        lines += _of_loss(_cells(part, "validation", conditions, "loss"), loss_unit(part))
+        highest = counts(_cells(part, "validation", conditions, "best accuracy"))
+        lines += [_stopped_early(highest, counts(_cells(part, "validation", conditions, "lowest loss")))]
         gain = over_cells(part, "validation", "difference")
         compared = " / ".join(map(str, counts(validation)))
         overview.append([setting, _spread(validation, "static_"), compared, _points(gain.mean, gain.low, gain.high)])
@@ -171,10 +174,8 @@ def _of_loss(cells: xr.Dataset, unit: str) -> list[str]:
     return lines
 
 
-def _stopped(part: xr.Dataset) -> str:
-    """What is established if every member is stopped at its best evaluation, before it overfits."""
-    metrics: tuple[_Metric, ...] = ("best accuracy", "lowest loss")
-    accuracy, loss = (counts(statistics(part, metric).sel(split="validation")) for metric in metrics)
+def _stopped_early(accuracy: tuple[int, int, int], loss: tuple[int, int, int]) -> str:
+    """The counts of cells if every member is stopped at its best accuracy, or at its lowest loss."""
     return (
         "- Stopped early: every member at its best validation accuracy, that is significantly better in "
         f"{accuracy[0]} of {sum(accuracy)} cells, worse in {accuracy[1]}, undecided in {accuracy[2]}; every member at "
