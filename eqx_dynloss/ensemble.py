@@ -205,11 +205,11 @@ def _convolutional(model: PyTree) -> bool:
 def _evaluated_at_once(model: PyTree, example: tuple[int, ...], platform: str) -> int:
     """How many examples of a shape, for one member.
 
-    With convolutions on a CPU one image of CIFAR-10's size, which takes Myrtle5 of widths 16 and 64 0.6 and 0.8 times
-    as long as 256 at once, whose activations leave the cache; more of what is smaller.
+    With convolutions on a CPU two images of CIFAR-10's size, which takes Myrtle5 of widths 16 and 64 0.6 and 0.8 times
+    as long as 128 at once, whose activations leave the cache; more of what is smaller.
     """
     if platform == "cpu" and _convolutional(model):
-        return max(1, min(256, 4096 // math.prod(example)))
+        return max(1, min(256, 8192 // math.prod(example)))
     return 256
 
 

@@ -239,18 +239,18 @@ def flops_per_image(width: int) -> float:
 def cpu_microbatch_size(batch_size: int, pixels: int) -> int:
     """How many images' gradient a CPU computes at a time, a divisor of the batch: what it is fastest with.
 
-    One of CIFAR-10's: with two, four or eight an update of Myrtle5-64 takes 1.12 times as long, and one of width 16
-    0.97 times with two and 1.17 times with four. As many smaller ones as have its pixels.
+    Two of CIFAR-10's: with one an update of Myrtle5 takes 1.1 times as long at widths 8 to 32, and 0.98 times at 64;
+    with eight 0.94 times at width 8, and 1.3 and 1.1 times at 32 and 64. As many smaller ones as have their pixels.
     """
-    return math.gcd(batch_size, max(1, 1024 // pixels))
+    return math.gcd(batch_size, max(1, 2048 // pixels))
 
 
 def cpu_seconds_per_image(width: int, pixels: int) -> float:
     """About how long an image takes in training on this CPU's cores; for the length of chunks.
 
-    Fitted to widths 16 and 64 on two cores: arithmetic at 140 GFLOP/s a core, and the rest.
+    Arithmetic at 200 GFLOP/s a core, and the rest: at widths 16 and 64 1.4 times as long as two fast cores take.
     """
-    return pixels / 1024 * (flops_per_image(width) / 140e9 + 2e-4) / jax.device_count()
+    return pixels / 1024 * (flops_per_image(width) / 200e9 + 1.4e-4) / jax.device_count()
 
 
 def datasets(images: ImageData, preset: Preset) -> tuple[Dataset, Dataset]:
