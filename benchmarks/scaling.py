@@ -26,7 +26,7 @@ from .contestant import Contestant
 from .environment import environment
 from .test_cifar import minibatch, ours
 
-BATCH = 8  # images of a member's update, which on a CPU is one microbatch
+BATCH = 8  # images of a member's update
 ROUNDS = 3
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("black", "^"), ("#009E73", "D"))
 

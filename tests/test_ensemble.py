@@ -167,15 +167,15 @@ def test_evaluations_are_those_of_every_member(make_model, getkey):
 @pytest.mark.parametrize(
     "make_model, example, platform, expected",
     [
-        (make_myrtle, (32, 32, 3), "cpu", 1),
-        (make_myrtle, (8, 8, 1), "cpu", 64),
+        (make_myrtle, (32, 32, 3), "cpu", 2),
+        (make_myrtle, (8, 8, 1), "cpu", 128),
         (make_myrtle, (1, 1, 1), "cpu", 256),
         (make_myrtle, (512, 512, 3), "cpu", 1),
         (make_mlp, (3072,), "cpu", 256),  # alone, an example would read every weight for itself
         (make_myrtle, (32, 32, 3), "gpu", 256),
     ],
 )
-def test_only_large_images_under_convolutions_are_evaluated_one_by_one_on_a_cpu(
+def test_only_large_images_under_convolutions_are_evaluated_few_at_a_time_on_a_cpu(
     make_model, example, platform, expected, getkey
 ):
     assert ensemble._evaluated_at_once(make_model(getkey()), example, platform) == expected
