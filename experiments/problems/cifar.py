@@ -229,7 +229,7 @@ def rise_and_fall(num_steps: int) -> optax.Schedule:
 
 
 def flops_per_image(width: int) -> float:
-    """Floating-point operations of a forward and backward pass of Myrtle on one image of 32×32.
+    """Floating-point operations of a forward and backward pass of Myrtle on one image of 32×32, by definition.
 
     Three times the forward pass, but for the first convolution, whose input needs no gradient.
     """
