@@ -26,9 +26,9 @@ from ..running.training import train
 
 _ELSEWHERE = (
     "Not established here: a higher validation accuracy. With the preset's A and T and 32 seeds it was (+1.54 points "
-    "[1.07 to 2.01], five to ten minutes on two CPU cores): python -m experiments.cifar --preset quick --seeds 32:64. And "
-    "where a network of width 64 overfits all of CIFAR-10 (A = 20, T = 1 epoch: +0.78 points [0.61 to 0.94], 4 seeds, "
-    "a pilot on one GPU): python -m experiments.cifar --preset short"
+    "[1.07 to 2.01], five to ten minutes on two CPU cores): python -m experiments.cifar --preset quick --seeds 32:64. "
+    "And where a network of width 64 overfits all of CIFAR-10 (A = 20, T = 1 epoch: +0.78 points [0.61 to 0.94], 4 "
+    "seeds, a pilot on one GPU): python -m experiments.cifar --preset short"
 )
 
 

@@ -239,7 +239,7 @@ def flops_per_image(width: int) -> float:
 def cpu_microbatch_size(batch_size: int, pixels: int) -> int:
     """How many images' gradient a CPU computes at a time, a divisor of the batch: what it is fastest with.
 
-    Two of CIFAR-10's: with one an update of Myrtle5 takes 1.1 times as long at widths 8 to 32, and 0.98 times at 64;
+    Two of CIFAR-10's: with one an update of Myrtle5 takes 1.2 to 1.1 times as long at widths 8 to 32, 0.98 times at 64;
     with eight 0.94 times at width 8, and 1.3 and 1.1 times at 32 and 64. As many smaller ones as have their pixels.
     """
     return math.gcd(batch_size, max(1, 2048 // pixels))
