@@ -36,8 +36,8 @@ def conv3x3(
     """Convolution with zero padding (SAME) and stride 1; channels first, as in Equinox, any batch shape.
 
     The same function as `lax.conv_general_dilated(images, kernel, (1, 1), "SAME",
-    dimension_numbers=("NCHW", "HWIO", "NCHW"))`, with every derivative, `vmap`, `scan` and `remat`; on a CPU with twice
-    its rounding error (see `eqx_dynloss.winograd`).
+    dimension_numbers=("NCHW", "HWIO", "NCHW"))`, with every derivative, `vmap`, `scan` and `remat`; on a CPU with two
+    to three times its rounding error (see `eqx_dynloss.winograd`).
 
     **Arguments:**
 
