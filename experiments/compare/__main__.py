@@ -16,13 +16,13 @@ from ..running.terminal import console, execute, warn
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare runs of the experiments: one table and one figure of the accuracies of all their losses.
+    """Compare runs of the experiments: tables and a figure of the accuracies and losses of all their loss functions.
 
     Says first what differs between the runs, by their settings, versions and devices, and warns of different data sets,
-    of interrupted runs and of diverged members. Within a run, the difference of a dynamical loss from the static one is
-    paired by seed. Between runs, the difference from the first run, the reference, is that of two independent samples,
-    given where data set, setting, A and T are the same. Intervals are 95 % confidence intervals. Writes comparison.md,
-    comparison.json, comparison.png and, if all runs were evaluated more than once, curves.png.
+    of interrupted runs and of diverged members. Differences are paired by seed: within a run those of a dynamical loss
+    from the static one, and between runs those from the first run, the reference, where data set, setting, A and T are
+    the same (of runs that have no seeds in common, Welch's interval is given). Intervals are 95 % confidence intervals.
+    Writes comparison.md, comparison.json, comparison.png and, if all runs were evaluated more than once, curves.png.
     """
 
     runs: tyro.conf.Positional[
@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> bool:
     refuse_used(config.out)
     require_packages()
     from . import figures
-    from .comparison import compare, console_table, count, differing_table, write
+    from .comparison import METRICS, compare
     from .reading import load
+    from .tables import console_table, count, differing_table, write
 
     comparison = compare(load(config.runs))
     runs = comparison.runs
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> bool:
         console.print(differing_table(comparison))
     elif len(runs) > 1:
         console.print("The runs differ in nothing that was recorded.")
-    console.print(console_table(comparison))
+    for metric in METRICS:
+        console.print(console_table(comparison, metric))
     try:
         write(comparison, directory, stand_in)
         figures.draw_outcomes(comparison, path("comparison.png"))

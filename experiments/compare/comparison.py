@@ -1,10 +1,8 @@
 """What several runs say side by side: what differs between them, their outcomes, and differences from the first run.
 
-Within a run the losses share their seeds, so differences are paired. Between runs they are not: the same seed gives the
-same initial weights only to the same network, so a run and the reference are compared as two independent samples.
+Within a run the losses share their seeds, so differences are paired; between runs see `difference`.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from rich import box
-from rich.table import Table
-from scipy import stats
 
-from ..results import words
 from ..results.conditions import Condition
-from ..results.estimate import CONFIDENCE, SAME, Estimate
-from ..results.files import PACKAGES, file_name, write_texts
-from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title
+from ..results.files import PACKAGES
+from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title, loss_unit
 from ..results.summary import Summary
 from ..results.tables import plain
+from .difference import Difference
 
-MOST_ROWS = 30  # of the table in the terminal
+METRICS = ("accuracy", "loss")
 # Settings of a command that change nothing in its results, and attributes of the results that say how they were made.
 _WITHOUT_EFFECT = ("run", "made_by", "data_dir", "show_seed", "shown", "animation")
 _ATTRIBUTES = (
@@ -59,6 +53,11 @@ class Run:
         return dataset_title(self.dataset.attrs["dataset"])
 
     @property
+    def loss_function(self) -> str:
+        """What `loss` is a value of, without class weights."""
+        return str(self.dataset.attrs.get("loss_function", "cross-entropy"))
+
+    @property
     def evaluations(self) -> int:
         """How often the validation set was evaluated."""
         accuracy = self.dataset.accuracy.sel(split="validation").dropna("evaluation_step", how="all")
@@ -66,26 +65,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Run − reference, of the mean accuracies (0 to 1), with Welch's 95 % confidence interval for two independent
-    samples of `seeds` and `reference_seeds`. Without two seeds each, or without any spread, there is no interval."""
-
-    seeds: int
-    reference_seeds: int
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Row:
     """A condition of a run and its members, their part of the dataset. `versus` is its difference from the reference by
-    split, without what cannot be compared."""
+    split and metric, "accuracy" or "loss", without what cannot be compared."""
 
     run: Run
     condition: Condition
     members: xr.Dataset
-    versus: dict[str, Difference]
+    versus: dict[str, dict[str, Difference]]
 
     @property
     def loss(self) -> tuple[float, float | None]:
@@ -96,10 +83,6 @@ class Row:
         """The condition in words, and how many of its seeds are used if some diverged."""
         c = self.condition
         return c.name + (f" ({c.used} of {c.seeds} seeds)" if c.diverged else "")
-
-    def accuracy(self, split: str) -> Estimate:
-        """The accuracies (0 to 1) at the last evaluation."""
-        return self.condition.outcome(split)
 
 
 @dataclass(frozen=True)
@@ -123,6 +106,11 @@ class Comparison:
         """Whether the data sets differ."""
         return any(run.data != self.runs[0].data for run in self.runs)
 
+    @property
+    def loss_unit(self) -> str:
+        """That of the losses of all runs, or none."""
+        return "nats" if all(loss_unit(run.dataset) == "nats" for run in self.runs) else ""
+
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Puts runs side by side."""
@@ -135,29 +123,24 @@ def compare(runs: Sequence[Run]) -> Comparison:
         members = (m for _, part in by_setting(run.dataset) for m in by_loss(part))  # in the order of the summary
         for c, of_condition in zip(run.summary.conditions, members, strict=True):
             other = reference.get(_key(c)) if comparable else None
-            found = {split: welch(c.outcome(split), other.outcome(split)) for split in SPLITS} if other else {}
-            rows.append(Row(run, c, of_condition, {split: d for split, d in found.items() if d is not None}))
+            metrics = METRICS if run.loss_function == first.loss_function else METRICS[:1]
+            rows.append(Row(run, c, of_condition, _versus(c, other, metrics) if other else {}))
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
     return Comparison(list(runs), differing, _notices(runs), _notes(runs, rows), rows)
 
 
+def _versus(run: Condition, reference: Condition, metrics: Sequence[str]) -> dict[str, dict[str, Difference]]:
+    found = {
+        split: {m: d for m in metrics if (d := Difference.between(run.outcome(split, m), reference.outcome(split, m)))}
+        for split in SPLITS
+    }
+    return {split: differences for split, differences in found.items() if differences}
+
+
 def _key(condition: Condition) -> tuple[str, float, float | None]:
     return condition.setting, condition.amplitude, condition.period
-
-
-def welch(run: Estimate, reference: Estimate) -> Difference | None:
-    """The difference of two means, with the confidence interval for samples that may differ in size and variance."""
-    if run.mean is None or reference.mean is None:
-        return None
-    mean = run.mean - reference.mean
-    if run.std is None or reference.std is None or max(run.std, reference.std) < SAME:
-        return Difference(run.n, reference.n, mean, None, None)
-    a, b = run.std**2 / run.n, reference.std**2 / reference.n
-    freedom = (a + b) ** 2 / (a**2 / (run.n - 1) + b**2 / (reference.n - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * (a + b) ** 0.5
-    return Difference(run.n, reference.n, mean, mean - half, mean + half)
 
 
 def _notices(runs: Sequence[Run]) -> list[str]:
@@ -177,16 +160,20 @@ def _notices(runs: Sequence[Run]) -> list[str]:
 
 def _notes(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     notes = [
-        "± is the standard deviation over seeds (n − 1) of the accuracy at the last evaluation.",
+        "± is the standard deviation over seeds (n − 1) at the last evaluation; loss is without class weights.",
         "Dynamical − static is paired by seed within the run, with Student's 95 % confidence interval.",
     ]
+    versus = [d for row in rows for of_split in row.versus.values() for d in of_split.values()]
     compared = sum(bool(row.versus) for row in rows)
     if len(runs) > 1:
         notes.append(
             f"Run − reference is the difference from {runs[0].name}, given where both runs are finished, the data sets "
-            "are the same, and so are setting, A and T. It is not paired: the 95 % confidence interval is Welch's, for "
-            "independent samples. The same seed number gives the same initial weights only to the same network with "
-            "the same initialisation; runs that share them are not independent, and the interval is then only a guide."
+            "are the same, and so are setting, A and T (and, for losses, the loss function). It is paired by the seeds "
+            "that both runs have, with Student's 95 % confidence interval."
+        )
+    if any(not d.paired for d in versus):
+        notes.append(
+            "Runs without two seeds in common are not paired: their interval is Welch's, for independent samples."
         )
     dynamical = sum(row.condition.period is not None for row in rows)
     if dynamical + compared > 1:
@@ -227,147 +214,3 @@ def _spread_out(items: list[int], number: int) -> list[int]:
     """At most so many of the items, the first and the last among them if possible."""
     number = min(number, len(items))
     return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]
-
-
-def _paired(row: Row, split: str) -> str:
-    return "" if row.condition.period is None else row.condition.difference(split).difference(100)
-
-
-def _versus(row: Row, split: str, comparison: Comparison) -> str:
-    if row.run is comparison.runs[0]:
-        return "reference"
-    found = row.versus.get(split)
-    return words.difference(found.mean, found.low, found.high, 100) if found else words.MISSING
-
-
-def _value(name: str, value: Any) -> str:
-    if name == "git_commit" and value:
-        commit, dirty, _ = str(value).partition("+dirty")
-        return commit[:10] + dirty
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return words.MISSING if value is None else str(value)
-
-
-def differing_table(comparison: Comparison) -> Table:
-    """What differs between the runs, for the terminal, in which the runs are numbered from 1."""
-    table = Table(title="What differs", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("setting", no_wrap=True)
-    for i in range(1, len(comparison.runs) + 1):
-        table.add_column(f"run {i}", overflow="fold")
-    for name, values in comparison.differing.items():
-        table.add_row(name.replace("_", " "), *(_value(name, value) for value in values))
-    return table
-
-
-def console_table(comparison: Comparison) -> Table:
-    """The outcomes of at most 30 conditions, for the terminal, in which the runs are numbered from 1."""
-    rows = select(comparison, MOST_ROWS)
-    several, with_settings = len(comparison.runs) > 1, any(row.condition.setting for row in rows)
-    numbers = {run.name: number for number, run in enumerate(comparison.runs, start=1)}
-    title = f"Accuracy at the last evaluation, %: {comparison.data}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    left_out = len(comparison.rows) - len(rows)
-    if left_out:
-        table.caption = f"{left_out} of {len(comparison.rows)} rows are left out here; the files have them all."
-    for header in (*["run"] * several, *["setting"] * with_settings):
-        table.add_column(header)
-    for header in ("A", "T", "seeds", "train", "validation"):
-        table.add_column(header, justify="right", no_wrap=not (with_settings and several and header == "train"))
-    for header in ("dynamical − static\n95 % CI, paired", *["run − reference\n95 % CI, unpaired"] * several):
-        table.add_column(header, justify="right", min_width=9)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        table.add_row(
-            *[str(numbers[row.run.name])] * several,
-            *[row.condition.setting] * with_settings,
-            *row.condition.cells,
-            *(row.accuracy(split).spread(100) for split in SPLITS),
-            _paired(row, "validation"),
-            *[_versus(row, "validation", comparison)] * several,
-            end_section=following is not None and following.run is not row.run,
-        )
-    return table
-
-
-def write(comparison: Comparison, directory: Path, stand_in: str) -> None:
-    """Writes `comparison.md` and `comparison.json`.
-
-    `stand_in` is the data set that the names of the files have to tell of (see `files.file_name`).
-    """
-    names = [run.name for run in comparison.runs]
-    lines = [f"# Comparison of {count(len(names), 'run')}: {comparison.data}", ""]
-    for notice in comparison.notices:
-        lines += [f"> **{notice}**", ""]
-    if len(names) > 1:
-        lines += ["## What differs", ""]
-        rows = [[name, *(_value(name, v) for v in values)] for name, values in comparison.differing.items()]
-        lines += _escaped(["setting", *names], rows) if rows else ["Nothing that was recorded."]
-    headers = ["run", "data set", "setting", "A", "T (updates)", "seeds used", "diverged"]
-    for what in ("accuracy, %", "accuracy, dynamical − static", "accuracy, run − reference"):
-        headers += [f"{split} {what}" for split in SPLITS]
-    table = []
-    for row in comparison.rows:
-        cells = [
-            row.run.name,
-            row.run.data,
-            row.condition.setting,
-            *row.condition.cells,
-            str(len(row.condition.diverged)),
-        ]
-        cells += [row.accuracy(split).spread(100) for split in SPLITS]
-        cells += [_paired(row, split) for split in SPLITS]
-        table.append(cells + [_versus(row, split, comparison) for split in SPLITS])
-    empty = {2} if not any(cells[2] for cells in table) else set()
-    empty |= {len(headers) - 2, len(headers) - 1} if len(names) == 1 else set()
-    keep = lambda cells: [cell for i, cell in enumerate(cells) if i not in empty]
-    lines += ["", "## Results", "", "Means ± std in %; differences in percentage points, mean [95 % CI].", ""]
-    lines += _escaped(keep(headers), [keep(cells) for cells in table])
-    lines += ["", *(f"- {note}" for note in comparison.notes), "", "## How the runs were made", ""]
-    for run in comparison.runs:
-        at = [f"{split} after {step:,} updates" for split, step in run.summary.evaluated_at.items() if step is not None]
-        lines.append(f"- **{run.name}**: `{run.path}`, evaluated: {', '.join(at) or 'nothing'}")
-        made = {"command": run.dataset.attrs.get("command"), **run.settings}
-        for key in ("command", "device", "git_commit"):
-            if made.get(key):
-                lines.append(f"    - {key.replace('_', ' ')}: `{made[key]}`")
-
-    document = {
-        "confidence": CONFIDENCE,
-        "units": {"accuracy": "fraction", "loss": "nats, or 1 for squared errors", "period": "updates"},
-        "reference": names[0],
-        "between_runs": "run - reference, unpaired, Welch's interval",
-        "notices": comparison.notices,
-        "notes": comparison.notes,
-        "differing": {key: dict(zip(names, values, strict=True)) for key, values in comparison.differing.items()},
-        "runs": [
-            {
-                "name": run.name,
-                "path": str(run.path),
-                "dataset": run.dataset.attrs["dataset"],
-                "finished": run.summary.finished,
-                "evaluated_at": run.summary.evaluated_at,
-                "command": plain(run.dataset.attrs.get("command")),
-                "settings": run.settings,
-            }
-            for run in comparison.runs
-        ],
-        "rows": [
-            {
-                "run": row.run.name,
-                "dataset": row.run.dataset.attrs["dataset"],
-                **dataclasses.asdict(row.condition),
-                "versus_reference": {split: dataclasses.asdict(d) for split, d in row.versus.items()},
-            }
-            for row in comparison.rows
-        ],
-    }
-    write_texts(directory, file_name(stand_in, "comparison"), lines, document)
-
-
-def _escaped(headers: list[str], rows: list[list[str]]) -> list[str]:
-    escape = lambda cells: [cell.replace("|", "\\|") for cell in cells]
-    return words.markdown_table(escape(headers), [escape(cells) for cells in rows])
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

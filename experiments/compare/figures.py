@@ -1,4 +1,4 @@
-"""The figures of a comparison: the accuracies of all losses of all runs, and their learning curves."""
+"""The figures of a comparison: accuracies and losses of all loss functions of all runs, and their learning curves."""
 
 import os
 import textwrap
@@ -15,12 +15,14 @@ from .comparison import Comparison, Row, Run, select
 
 MOST_DRAWN = 40  # rows of the figure
 MOST_CURVES = 8
+_PANELS = (("validation", "accuracy"), ("validation", "loss"), ("train", "accuracy"))
 _DASHES = ("solid", *(dashes for _, dashes, _ in STYLES), (0, (12, 2, 3, 2)))
 
 
 def draw_outcomes(comparison: Comparison, path: str | os.PathLike[str]) -> Figure:
-    """Writes a PNG of the accuracies at the last evaluation: a small mark for each seed of every condition of every
-    run, and below, mean and 95 % confidence interval. At most 40 conditions are drawn. The figure is returned too."""
+    """Writes a PNG of accuracies and validation loss at the last evaluation: a small mark for each seed of every
+    condition of every run, and below, mean and 95 % confidence interval. At most 40 conditions are drawn. The figure is
+    returned too."""
     rows = select(comparison, MOST_DRAWN)
     styles = _styles(rows)
     ticks: dict[float, str] = {}
@@ -35,18 +37,19 @@ def draw_outcomes(comparison: Comparison, path: str | os.PathLike[str]) -> Figur
         ticks[y] = row.name
         positions.append(y)
         y += 1
-    figure = Figure(figsize=(11, 2.2 + 0.34 * y), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, split in zip(panels, ("validation", "train"), strict=True):
+    figure = Figure(figsize=(14, 2.2 + 0.34 * y), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (split, metric) in zip(panels, _PANELS, strict=True):
         for row, at in zip(rows, positions, strict=True):
             axes.axhline(at, color="0.9", linewidth=0.8, zorder=0)
-            _draw_row(axes, row, split, at, styles[row.loss])
+            _draw_row(axes, row, split, metric, at, styles[row.loss])
         for border in borders:
             axes.axhline(border, color="0.4", linewidth=0.8)
-        axes.set_xlabel(f"{split} accuracy (%)")
+        unit = "%" if metric == "accuracy" else comparison.loss_unit
+        axes.set_xlabel(f"{split} {metric}" + (f" ({unit})" if unit else ""))
         axes.margins(x=0.06)
-        low, high = axes.get_xlim()
-        axes.set_xlim(max(low, -2), min(high, 102))  # the interval of two seeds can go far beyond any accuracy
+        low, high = axes.get_xlim()  # the interval of two seeds can go far beyond what is possible
+        axes.set_xlim(max(low, -2 if metric == "accuracy" else 0), min(high, _most(rows, split, metric)))
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(list(ticks), list(ticks.values()))
@@ -55,21 +58,28 @@ def draw_outcomes(comparison: Comparison, path: str | os.PathLike[str]) -> Figur
         panels[0].get_yticklabels()[i].set_fontweight("bold")
     figure.supxlabel("small marks: single seeds; large mark and bar: mean, its 95 % confidence interval", fontsize=10)
     note = f"{len(rows)} of {len(comparison.rows)} rows shown" if len(rows) < len(comparison.rows) else ""
-    return _finish(figure, "Accuracy at the last evaluation", comparison, note, path)
+    return _finish(figure, "Accuracy and loss at the last evaluation", comparison, note, path)
 
 
-def _draw_row(axes: Axes, row: Row, split: str, y: float, style: tuple[str, str]) -> None:
+def _most(rows: Sequence[Row], split: str, metric: str) -> float:
+    """Where an axis has to end: a little above 100 %, or above the largest loss of a seed."""
+    if metric == "accuracy":
+        return 102.0
+    return 1.2 * max((v for row in rows for v in row.condition.outcome(split, metric).values.values()), default=1.0)
+
+
+def _draw_row(axes: Axes, row: Row, split: str, metric: str, y: float, style: tuple[str, str]) -> None:
     colour, marker = style
-    estimate = row.accuracy(split)
+    estimate, scale = row.condition.outcome(split, metric), 100 if metric == "accuracy" else 1
     if estimate.mean is None:
         text = "diverged for every seed" if len(row.condition.diverged) == row.condition.seeds else "not evaluated"
         axes.text(0.5, y, text, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
         return
-    seeds = 100 * np.array(list(estimate.values.values()))
+    seeds = scale * np.array(list(estimate.values.values()))
     axes.plot(seeds, np.full(len(seeds), y - 0.18), marker, color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
-    axes.plot(100 * estimate.mean, y + 0.18, marker, color=colour, markersize=8, markeredgecolor="white")
+    axes.plot(scale * estimate.mean, y + 0.18, marker, color=colour, markersize=8, markeredgecolor="white")
     if estimate.low is not None and estimate.high is not None:
-        interval = [100 * estimate.low, 100 * estimate.high]
+        interval = [scale * estimate.low, scale * estimate.high]
         axes.plot(interval, [y + 0.18] * 2, "|-", color=colour, linewidth=1.6, zorder=1)
 
 
@@ -81,7 +91,7 @@ def draw_curves(comparison: Comparison, path: str | os.PathLike[str]) -> Figure:
     figure = Figure(figsize=(9, 5.6 + 0.25 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(rows):
-        estimate = row.accuracy("validation")
+        estimate = row.condition.outcome("validation")
         survivors = list(estimate.values)
         accuracy = 100 * row.members.accuracy.sel(split="validation", seed=survivors)
         accuracy = accuracy.dropna("evaluation_step", how="all")

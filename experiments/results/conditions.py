@@ -115,7 +115,7 @@ def condition(
         for split, metrics in final.items()
     }
     differences = {
-        split: {m: _paired(e, static.outcomes[split][m]) for m, e in metrics.items()}
+        split: {m: e.minus(static.outcomes[split][m]) for m, e in metrics.items()}
         for split, metrics in outcomes.items()
         if static is not None
     }
@@ -156,8 +156,3 @@ def _collapsed(members: xr.Dataset, chance: float) -> dict[int, Collapse]:
     first = {i: int(fell[i].argmax()) for i in np.flatnonzero(fell.any(1))}
     seeds = members.seed.values.tolist()
     return {seeds[i]: Collapse(int(steps[k + 1]), float(before[i, k]), float(after[i, k])) for i, k in first.items()}
-
-
-def _paired(dynamical: Estimate, static: Estimate) -> Estimate:
-    pairs = {seed: v - static.values[seed] for seed, v in dynamical.values.items() if seed in static.values}
-    return Estimate.of(pairs, differences=True)

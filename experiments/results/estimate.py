@@ -48,6 +48,11 @@ class Estimate:
         pairs = ((int(seed), float(value)) for seed, value in zip(seeds, values, strict=True))
         return cls.of({seed: value for seed, value in pairs if math.isfinite(value)}, differences)
 
+    def minus(self, other: "Estimate") -> "Estimate":
+        """The differences paired by seed, of the seeds that both have."""
+        shared = {seed: value - other.values[seed] for seed, value in self.values.items() if seed in other.values}
+        return Estimate.of(shared, differences=True)
+
     @property
     def sign(self) -> int:
         """Of differences: 1 or -1 where the interval is above or below 0, else 0, as where all differ by the same."""

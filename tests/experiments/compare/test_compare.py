@@ -1,5 +1,6 @@
 """The command that compares runs, on results that were made without training anything."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from PIL import Image
 from scipy import stats
 
 from experiments.compare import __main__ as compare
-from experiments.compare import comparison, figures, reading
-from experiments.compare.comparison import MOST_ROWS, Comparison, Run, select, welch, write
+from experiments.compare import comparison, figures, reading, tables
+from experiments.compare.comparison import Comparison, Run, select
+from experiments.compare.difference import Difference
+from experiments.compare.tables import MOST_ROWS, write
 from experiments.results import files
 from experiments.results.estimate import Estimate
 from experiments.results.summary import summarise
@@ -87,60 +90,88 @@ def looks(axes: Any) -> list[tuple[object, ...]]:
 # Numbers
 
 
-def test_rows_and_differences_against_scipy(capsys):
+@pytest.mark.parametrize("shared", [5, 1, 0])
+def test_rows_and_differences_against_scipy(shared, capsys):
+    """The second run has eight seeds, of which the first one has so many of its five, too."""
     rng = np.random.default_rng(1)
     first, second = results(seeds=5), results(seeds=8, amplitudes=(1, 10, 30), diverged={9: 50})
-    second["accuracy"] = second.accuracy - 0.03 + rng.normal(0, 0.02, second.accuracy.shape)
+    second = second.assign_coords(seed=np.arange(8) + 5 - shared)
+    for metric in ("accuracy", "loss"):
+        second[metric] = second[metric] - 0.03 + rng.normal(0, 0.02, second.accuracy.shape)
     assert command(put("a", first), put("b", second), "--out", "out") == 0
     rows = document()["rows"]
     assert [(r["run"], r["amplitude"], r["period"]) for r in rows] == [
         ("a", 1, None), ("a", 10, 50), ("b", 1, None), ("b", 10, 50), ("b", 30, 50)
     ]  # fmt: skip
-    final = {name: data.accuracy.isel(period=0, evaluation_step=-1) for name, data in (("a", first), ("b", second))}
-    for row in rows:
-        members = final[row["run"]].sel(amplitude=row["amplitude"])
-        static = final[row["run"]].sel(amplitude=1)
-        for split in ("train", "validation"):
-            values, baseline = members.sel(split=split).values, static.sel(split=split).values
-            used = np.isfinite(values)
-            outcome = row["outcomes"][split]["accuracy"]
-            assert (outcome["n"], row["diverged"]) == (used.sum(), np.flatnonzero(~used).tolist())
-            assert outcome["mean"] == pytest.approx(values[used].mean())
-            assert outcome["std"] == pytest.approx(values[used].std(ddof=1))
-            if row["amplitude"] > 1:
-                paired = row["differences"][split]["accuracy"]
-                interval = stats.ttest_1samp((values - baseline)[used], 0).confidence_interval()
-                assert paired["mean"] == pytest.approx((values - baseline)[used].mean())
-                assert (paired["low"], paired["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
-            if row["run"] == "a" or row["amplitude"] == 30:
-                assert row["versus_reference"] == {}
-            else:
-                reference = final["a"].sel(amplitude=row["amplitude"], split=split).values
-                interval = stats.ttest_ind(values[used], reference, equal_var=False).confidence_interval()
-                versus = row["versus_reference"][split]
-                assert (versus["seeds"], versus["reference_seeds"]) == (used.sum(), 5)
-                assert versus["mean"] == pytest.approx(values[used].mean() - reference.mean())
-                assert (versus["low"], versus["high"]) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    data = {"a": first, "b": second}
+    for row, split, metric in itertools.product(rows, ("train", "validation"), ("accuracy", "loss")):
+        final = {name: of[metric].sel(split=split).isel(period=0, evaluation_step=-1) for name, of in data.items()}
+        members, static = (final[row["run"]].sel(amplitude=A).to_series() for A in (row["amplitude"], 1))
+        outcome, used = row["outcomes"][split][metric], members.dropna()
+        assert (outcome["n"], row["diverged"]) == (len(used), members.index.difference(used.index).tolist())
+        assert (outcome["mean"], outcome["std"]) == pytest.approx((used.mean(), used.std()))
+        if row["amplitude"] > 1:
+            assert_interval(row["differences"][split][metric], stats.ttest_1samp((used - static).dropna(), 0))
+        if row["run"] == "a" or row["amplitude"] == 30:
+            assert row["versus_reference"] == {}
+            continue
+        versus, reference = row["versus_reference"][split][metric], final["a"].sel(amplitude=row["amplitude"])
+        pairs = (used - reference.to_series()).dropna()
+        if shared > 1:
+            assert versus["paired"] and versus["seeds"] == versus["reference_seeds"] == len(pairs) == 5 - (
+                len(used) < 8
+            )
+            assert_interval(versus, stats.ttest_1samp(pairs, 0))
+        else:
+            assert not versus["paired"] and (versus["seeds"], versus["reference_seeds"]) == (len(used), 5)
+            assert_interval(versus, stats.ttest_ind(used, reference, equal_var=False))
 
     text = Path("out/comparison.md").read_text(encoding="utf-8")
     printed = " ".join(capsys.readouterr().out.split())
-    for output in (text, printed):
-        versus = rows[2]["versus_reference"]["validation"]
-        assert f"−{abs(100 * versus['mean']):.2f} [−{abs(100 * versus['low']):.2f}" in output
-        outcome = rows[4]["outcomes"]["validation"]["accuracy"]
-        assert f"{100 * outcome['mean']:.2f} ± {100 * outcome['std']:.2f}" in output
-        assert "7/8" in output and "DIVERGED" in output and "A = 10, T = 50 (1.25 ep): seed 1" in output
-    assert "Welch" in text and "not paired" in text
+    for output, (metric, scale, digits) in itertools.product((text, printed), (("accuracy", 100, 2), ("loss", 1, 3))):
+        versus = rows[2]["versus_reference"]["validation"][metric]
+        mean, low = (f"{number:+.{digits}f}".replace("-", "−").replace("+", plus)
+                     for number, plus in ((scale * versus["mean"], "+"), (scale * versus["low"], "")))  # fmt: skip
+        assert f"{mean} [{low}" in output
+        outcome = rows[4]["outcomes"]["validation"][metric]
+        assert f"{scale * outcome['mean']:.{digits}f} ± {scale * outcome['std']:.{digits}f}" in output
+        assert "7/8" in output and "DIVERGED" in output and f"T = 50 (1.25 ep): seed {6 - shared}" in output
+    assert ("Welch" in text) == (shared < 2)
+
+
+def assert_interval(found: dict[str, Any], test: Any) -> None:
+    """Against the result of a test of SciPy's, whose interval has the mean of the difference in the middle."""
+    interval = test.confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((float(interval.low), float(interval.high)), abs=1e-9)
+    assert found["mean"] == pytest.approx(float(interval.low + interval.high) / 2, abs=1e-9)
 
 
 @pytest.mark.parametrize("sample, other, interval", [
     ([0.5], [0.4, 0.6], False), ([0.5, 0.7], [0.4], False), ([1.0, 1.0, 1.0], [0.5, 0.5], False),
     ([1.0, 1.0, 1.0], [0.5, 0.7], True),
 ])  # fmt: skip
-def test_without_spread_or_a_second_seed_there_is_no_interval_between_runs(sample, other, interval):
-    difference = welch(Estimate.of(dict(enumerate(sample))), Estimate.of(dict(enumerate(other))))
-    assert difference is not None and difference.mean == pytest.approx(np.mean(sample) - np.mean(other))
+@pytest.mark.parametrize("paired", [True, False])
+def test_without_spread_or_a_second_seed_there_is_no_interval_between_runs(sample, other, interval, paired):
+    seeds = range(0 if paired else 10, 20)
+    reference = dict(zip(seeds, other, strict=False))
+    difference = Difference.between(Estimate.of(dict(enumerate(sample))), Estimate.of(reference))
+    shared = (
+        [value for value, _ in zip(sample, other, strict=False)]
+        if paired and min(len(sample), len(other)) > 1
+        else sample
+    )
+    assert difference is not None and difference.mean == pytest.approx(np.mean(shared) - np.mean(other))
     assert (difference.low is not None) == (difference.high is not None) == interval
+
+
+def test_nothing_is_compared_with_nothing():
+    assert Difference.between(Estimate.of({}), Estimate.of({0: 1.0, 1: 2.0})) is None
+
+
+def test_losses_of_two_loss_functions_are_not_compared():
+    runs = compared({"a": results(), "b": results(loss_function="squared-unit")})
+    assert [set(row.versus["validation"]) for row in runs.rows[2:]] == [{"accuracy"}] * 2
+    assert runs.loss_unit == "" and compared({"a": results()}).loss_unit == "nats"
 
 
 def test_only_what_is_comparable_is_compared():
@@ -175,7 +206,12 @@ def test_only_the_settings_that_differ_are_listed(capsys):
     text, printed = Path("out/comparison.md").read_text(encoding="utf-8"), capsys.readouterr().out
     assert "| amplitude | 1.0 10.0 | 10.0 |" in text and "| git_commit | 0123456789 | 0123456789+dirty |" in text
     assert "uncommitted" in text and "`python x`" in text
-    assert printed.index("run 1: a, CIFAR-10, the reference") < printed.index("What differs") < printed.index("Accurac")
+    assert (
+        printed.index("run 1: a, CIFAR-10, the reference")
+        < printed.index("What differs")
+        < printed.index("Accurac")
+        < printed.index("Loss at")
+    )
 
 
 @pytest.mark.parametrize("content, width", [(None, None), ("{", None), ("[1]", None), ('{"width": NaN}', "NaN")])
@@ -297,7 +333,7 @@ def test_a_full_disk_is_one_sentence(stored, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(comparison, "write", full)
+    monkeypatch.setattr(tables, "write", full)
     assert command(put("a", stored), "--out", "out") == 2
     assert "cannot write to out (No space left on device)" in capsys.readouterr().err
 
@@ -309,16 +345,18 @@ def test_the_figure_has_a_point_per_seed_and_a_mean_per_condition(tmp_path):
     other = results(seeds=6, amplitudes=(1, 10, 30), diverged={6: 1})
     runs = compared({"a": results(seeds=4), "b": other})
     panels: list[Any] = figures.draw_outcomes(runs, tmp_path / "a.png").axes
-    assert [axes.get_xlabel() for axes in panels] == ["validation accuracy (%)", "train accuracy (%)"]
+    shown = {"validation accuracy (%)": 100, "validation loss (nats)": 1, "train accuracy (%)": 100}
+    assert [axes.get_xlabel() for axes in panels] == list(shown)
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     ten, thirty = (f"A = {A}, T = 50 (1.25 ep)" for A in (10, 30))
     assert labels == ["a", "static", ten, "b", "static", f"{ten} (5 of 6 seeds)", thirty]
-    for axes, split in zip(panels, ("validation", "train"), strict=True):
+    for axes, (name, scale) in zip(panels, shown.items(), strict=True):
+        split, metric = name.split()[:2]
         bars = [line for line in axes.lines if line.get_marker() == "|"]
         seeds, means = ([m for m in axes.lines if m.get_markersize() == size and m not in bars] for size in (4, 8))
         seen: dict[Any, set[Any]] = {}
         for row, points, mean, bar in zip(runs.rows, seeds, means, bars, strict=True):
-            values = 100 * np.array(list(row.condition.outcomes[split]["accuracy"].values.values()))
+            values = scale * np.array(list(row.condition.outcomes[split][metric].values.values()))
             np.testing.assert_allclose(points.get_xdata(), values)
             np.testing.assert_allclose(mean.get_xdata(), values.mean())
             interval = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
@@ -362,8 +400,10 @@ def test_a_phase_diagram_is_whole_in_the_files_and_capped_elsewhere(capsys):
     assert command(put("phase", phase), small, "--out", "out") == 0
     assert len(document()["rows"]) == 1 + 6 * 7 + 2
     text, printed = Path("out/comparison.md").read_text(encoding="utf-8"), capsys.readouterr().out
-    assert text.count("| phase | CIFAR-10") == 43
-    assert sum(line.split()[0] in "12" for line in printed.splitlines() if "/2 " in line or "/3 " in line) == MOST_ROWS
+    assert text.count("| phase | CIFAR-10") == 2 * 43
+    assert (
+        sum(line.split()[0] in "12" for line in printed.splitlines() if "/2 " in line or "/3 " in line) == 2 * MOST_ROWS
+    )
     assert "15 of 45 rows are left out here" in printed and "No curves.png" in printed and "twice in phase" in printed
     assert title("out/comparison.png").endswith("40 of 45 rows shown")
     assert not Path("out/curves.png").exists()
