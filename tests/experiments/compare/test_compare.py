@@ -99,7 +99,7 @@ def test_rows_and_differences_against_scipy(shared, capsys):
     for metric in ("accuracy", "loss"):
         second[metric] = second[metric] - 0.03 + rng.normal(0, 0.02, second.accuracy.shape)
     assert command(put("a", first), put("b", second), "--out", "out") == 0
-    rows = document()["rows"]
+    rows: list[dict[str, Any]] = document()["rows"]
     assert [(r["run"], r["amplitude"], r["period"]) for r in rows] == [
         ("a", 1, None), ("a", 10, 50), ("b", 1, None), ("b", 10, 50), ("b", 30, 50)
     ]  # fmt: skip
