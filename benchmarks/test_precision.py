@@ -6,6 +6,8 @@ import pytest
 from .precision import gradient_errors
 from .report import Row
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PRECISIONS = {
     "float32, exact products": (None, "float32"),
     "float32": (None, None),  # on a GPU with products in TF32

@@ -10,16 +10,14 @@ import dataclasses
 import functools as ft
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -27,10 +25,10 @@ from jaxtyping import Array, Bool, Key, PyTree
 
 from . import train
 from .loss import BaseLoss, DynamicalLoss
+from .placement import AXIS, filtered, gather, in_blocks, mesh_of, over_members, place, replicate, scatter
 from .train import Dataset, Metrics, TrainState
 
-_T = TypeVar("_T")
-_AXIS = "members"
+__all__ = ["default_block_size", "gather", "init", "observe", "peak_memory", "replicate", "scatter", "train_chunk"]
 
 
 def init(
@@ -64,7 +62,7 @@ def init(
             f"on several hosts the number of members must be a multiple of the {len(devices)} devices, "
             f"got {num_members}: repeat some members."
         )
-    mesh = Mesh(devices[:num_devices], (_AXIS,))
+    mesh = Mesh(devices[:num_devices], (AXIS,))
 
     values = {name: jnp.asarray(value) for name, value in (hyperparams or {}).items()}
     for name, value in values.items():
@@ -74,12 +72,7 @@ def init(
                 f"got shape {value.shape}."
             )
 
-    return _place(_init(make_model, optimiser, keys, values), NamedSharding(mesh, P(_AXIS)))
-
-
-def replicate(tree: _T, states: TrainState) -> _T:
-    """Copies data to every device that the states are on. Do it once, with each data set, before training."""
-    return _place(tree, NamedSharding(_mesh(states), P()))
+    return place(_init(make_model, optimiser, keys, values), NamedSharding(mesh, P(AXIS)))
 
 
 def train_chunk(
@@ -152,38 +145,8 @@ def observe(
     Arguments as for `train_chunk`, with `function` in the place of `observe`. **Returns:** a PyTree of arrays with a
     leading member axis; NaN for members that have diverged.
     """
-    losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
-    return _observe(states, losses, data, function, _mesh(states), _block_size(states, block_size))
-
-
-def gather(tree: PyTree) -> PyTree:
-    """Brings arrays with a member axis from all devices, of all hosts, to every host, as NumPy arrays.
-
-    With several hosts all of them have to call it. Random keys become the numbers that they are made of.
-    """
-
-    def fetch(leaf):
-        leaf = jr.key_data(leaf) if _is_key(leaf) else leaf
-        return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.device_get(jax.tree.map(fetch, eqx.filter(tree, eqx.is_array)))
-
-
-def scatter(values: PyTree, like: TrainState) -> TrainState:
-    """The inverse of `gather`: puts the members' numbers into states like those that `init` gives, on their devices.
-
-    **Arguments:**
-
-    - `values`: what `gather` gave, for as many members as `like` has.
-    - `like`: states from `init` for the same model and optimiser, on any devices. Only their arrays are replaced.
-    """
-    arrays, static = eqx.partition(like, eqx.is_array)
-
-    def restore(leaf, value):
-        value = jnp.asarray(value)
-        return jr.wrap_key_data(value, impl=jr.key_impl(leaf)) if _is_key(leaf) else value
-
-    return _place(eqx.combine(jax.tree.map(restore, arrays, values), static), NamedSharding(_mesh(like), P(_AXIS)))
+    losses = place(losses, NamedSharding(mesh_of(states), P(AXIS)))
+    return _observe(states, losses, data, function, mesh_of(states), _block_size(states, block_size))
 
 
 def default_block_size(model: PyTree, platform: str) -> int:
@@ -214,7 +177,7 @@ def _evaluated_at_once(model: PyTree, example: tuple[int, ...], platform: str) -
 
 
 def _block_size(states: TrainState, given: int | None) -> int:
-    size = default_block_size(states.model, _mesh(states).devices.flat[0].platform) if given is None else given
+    size = default_block_size(states.model, mesh_of(states).devices.flat[0].platform) if given is None else given
     if size < 1:
         raise ValueError(f"block_size must be at least 1, got {size}.")
     return size
@@ -241,9 +204,9 @@ class _Chunk(eqx.Module):
                 )
         sets = {name: evaluated for name, (evaluated, _) in (evaluations or {}).items()}
         due = {name: np.asarray(flag) for name, (_, flag) in (evaluations or {}).items()}
-        losses = _place(losses, NamedSharding(_mesh(states), P(_AXIS)))
+        losses = place(losses, NamedSharding(mesh_of(states), P(AXIS)))
         train_member = jax.tree_util.Partial(train.train_chunk, optimiser=optimiser, **options)
-        return cls(losses, data, train_member, sets, due, _block_size(states, block_size), _mesh(states))
+        return cls(losses, data, train_member, sets, due, _block_size(states, block_size), mesh_of(states))
 
     def member(self, state: TrainState, loss: DynamicalLoss):
         state, metrics, observed = self.train(state, loss, data=self.data)
@@ -261,73 +224,17 @@ class _Chunk(eqx.Module):
 @eqx.filter_jit(donate="all-except-first")
 def _run_chunk(chunk, states):
     shared = dataclasses.replace(chunk, losses=None)
-    return _over_members(_Chunk.member, chunk.mesh, chunk.block_size)((shared,), (states, chunk.losses))
+    return over_members(_Chunk.member, chunk.mesh, chunk.block_size)((shared,), (states, chunk.losses))
 
 
 @eqx.filter_jit
 def _init(make_model, optimiser, keys, values):
     # One after another, so that a member does not depend on how many others there are.
     member = lambda key, value: train.init(make_model, optimiser, key, value)
-    return _on_arrays(lambda on_arrays: _in_blocks(on_arrays, 1), member)((), (keys, values))
+    return filtered(lambda on_arrays: in_blocks(on_arrays, 1), member)((), (keys, values))
 
 
 @eqx.filter_jit
 def _observe(states, losses, data, function, mesh, block_size):
     member = lambda data, state, loss: train.observation(state, loss, data, function)
-    return _over_members(member, mesh, block_size)((data,), (states, losses))
-
-
-def _mesh(states: TrainState) -> Mesh:
-    sharding = states.step.sharding
-    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-        raise ValueError("the states must come from eqx_dynloss.ensemble.init, which spreads them over the devices.")
-    return sharding.mesh
-
-
-def _over_members(function, mesh: Mesh, block_size: int):
-    """Calls `function(*shared, *own)` for every member, where `own` has a leading axis of members, on the device that
-    it is on: there is nothing to communicate."""
-    specs: Any = {"in_specs": (P(), P(_AXIS)), "out_specs": P(_AXIS), "check_vma": False}
-    return _on_arrays(lambda on_arrays: jax.shard_map(_in_blocks(on_arrays, block_size), mesh=mesh, **specs), function)
-
-
-def _in_blocks(on_arrays, block_size: int):
-    """Maps a function of arrays over the leading axis of `own`, `block_size` at a time."""
-
-    def mapped(shared, own):
-        size = min(block_size, len(jax.tree.leaves(own)[0]))
-        return lax.map(lambda one: on_arrays(shared, one), own, batch_size=size if size > 1 else None)
-
-    return mapped
-
-
-def _on_arrays(transform, function):
-    """Applies a transformation of functions of arrays to a function of PyTrees that also hold other things."""
-
-    def filtered(shared, own):
-        arrays, static = eqx.partition((shared, own), eqx.is_array)
-        rest: Any = None
-
-        def on_arrays(*arrays):
-            nonlocal rest
-            shared, own = eqx.combine(arrays, static)
-            out, rest = eqx.partition(function(*shared, *own), eqx.is_array)
-            return out
-
-        return eqx.combine(transform(on_arrays)(*arrays), rest)
-
-    return filtered
-
-
-def _place(tree: _T, sharding: NamedSharding) -> _T:
-    def put(leaf):
-        if _is_key(leaf):  # JAX does not put keys on the devices of other hosts, but numbers
-            return jr.wrap_key_data(jax.device_put(jr.key_data(leaf), sharding), impl=jr.key_impl(leaf))
-        return jax.device_put(leaf, sharding)
-
-    arrays, static = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.tree.map(put, arrays), static)
-
-
-def _is_key(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return over_members(member, mesh, block_size)((data,), (states, losses))

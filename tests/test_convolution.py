@@ -1,5 +1,7 @@
 """The oracle is `lax.conv_general_dilated` with JAX's own derivatives and batching, in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -134,10 +136,10 @@ def test_gradient_of_vmap_equals_xlas(axes):
 @pytest.mark.parametrize("num_images", [slow(1), slow(4), slow(8), 9])
 @pytest.mark.parametrize(
     "size, channels",
-    [((32, 32), (2, 3)), ((1, 1), (2, 3)), ((64, 65), (2, 3)), ((2, 3), (2, 3)), ((256, 127), (2, 3))]
-    + [((32, 31), (16, 17)), ((64, 65), (17, 16)), ((1, 256), (16, 16)), ((256, 1), (16, 16)), ((8, 8), (16, 16))],
+    [((1, 1), (2, 3)), ((2, 3), (2, 3)), ((64, 65), (2, 3)), ((32, 31), (16, 17)), ((1, 256), (16, 16))]
+    + [slow((256, 127), (2, 3)), slow((64, 65), (17, 16)), slow((256, 1), (16, 16)), slow((8, 8), (16, 16))],
 )
-def test_weight_gradient_in_chunks_equals_the_whole(num_images, size, channels):
+def test_many_images_a_part_at_a_time(num_images, size, channels):
     check_gradient(num_images, size, channels)
 
 
@@ -177,18 +179,19 @@ def check_gradient(num_images, size, channels):
 
 
 @pytest.mark.parametrize("channels", [(3, 16), (17, 17)])
-@pytest.mark.parametrize("row", [0, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_pixel_that_is_not_finite_is_not_lost_and_stays_near(value, row, channels):
+def test_a_pixel_that_is_not_finite_is_not_lost_and_stays_near(channels):
     """In its group of four rows, in the next where it is beside it, and in its columns."""
     rng = np.random.default_rng(2)
-    x, k = rng.normal(size=(2, channels[0], 9, 16)), rng.normal(size=(3, 3, *channels))
-    x[0, 1, row, 8] = value
-    ours, theirs = (np.isfinite(conv(jnp.asarray(x), jnp.asarray(k))) for conv in (conv3x3, reference))
-    assert not np.any(ours & ~theirs) and not np.all(theirs)
-    _, _, rows, columns = np.nonzero(~ours)
-    assert np.all(ours[1]) and set(columns) == {7, 8, 9}
-    assert set(rows // 4) == {max(0, row - 1) // 4, min(8, row + 1) // 4}
+    images, k = rng.normal(size=(2, channels[0], 9, 16)), jnp.asarray(rng.normal(size=(3, 3, *channels)))
+    finite = jax.jit(lambda x: [jnp.isfinite(conv(x, k)) for conv in (conv3x3, reference)])
+    for value, row in itertools.product([np.nan, np.inf], [0, 2, 3, 4, 6, 8]):
+        x = images.copy()
+        x[0, 1, row, 8] = value
+        ours, theirs = map(np.asarray, finite(x))
+        assert not np.any(ours & ~theirs) and not np.all(theirs), (value, row)
+        _, _, rows, columns = np.nonzero(~ours)
+        assert np.all(ours[1]) and set(columns) == {7, 8, 9}, (value, row)
+        assert set(rows // 4) == {max(0, row - 1) // 4, min(8, row + 1) // 4}, (value, row)
 
 
 @pytest.mark.parametrize("channels", [1, 16, 64])

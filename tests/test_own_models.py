@@ -191,24 +191,23 @@ def test_optimisers_that_search_along_a_line_do_as_in_a_loop_of_their_own(name):
     states, metrics, *_ = ensemble.train_chunk(
         states, losses, optimiser, ensemble.replicate(data, states), num_steps=4, block_size=2
     )
-    for member, key in enumerate(keys):
-        model = train.init(make_mlp, optimiser, key).model
-        parameters, static = eqx.partition(model, eqx.is_inexact_array)
+    models = [train.init(make_mlp, optimiser, key).model for key in keys]
+    _, static = eqx.partition(models[0], eqx.is_inexact_array)
+
+    @jax.jit
+    def update(parameters, opt_state, weights):
+        def value_fn(parameters):
+            logits = jax.vmap(eqx.combine(parameters, static))(data.inputs)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
+            return jnp.mean(weights[data.labels] * each)
+
+        value, grad = jax.value_and_grad(value_fn)(parameters)
+        updates, opt_state = optimiser.update(grad, opt_state, parameters, value=value, grad=grad, value_fn=value_fn)
+        return value, optax.apply_updates(parameters, updates), opt_state
+
+    for member, model in enumerate(models):
+        parameters = eqx.filter(model, eqx.is_inexact_array)
         opt_state = optimiser.init(parameters)
-
-        @jax.jit
-        def update(parameters, opt_state, weights, static=static):
-            def value_fn(parameters):
-                logits = jax.vmap(eqx.combine(parameters, static))(data.inputs)
-                each = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
-                return jnp.mean(weights[data.labels] * each)
-
-            value, grad = jax.value_and_grad(value_fn)(parameters)
-            updates, opt_state = optimiser.update(
-                grad, opt_state, parameters, value=value, grad=grad, value_fn=value_fn
-            )
-            return value, optax.apply_updates(parameters, updates), opt_state
-
         for step in range(4):
             weights = OscillatingWeights(3, amplitudes[member], 4.0)(step)
             value, parameters, opt_state = update(parameters, opt_state, weights)

@@ -1,4 +1,4 @@
-"""The CIFAR-10 problem: the paper's protocol, the data, the networks and the optimiser, for every command on it."""
+"""The CIFAR-10 problem: the paper's protocol, the data and the networks, for every command on it."""
 
 import dataclasses
 import math
@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import xarray as xr
 from jaxtyping import Array, Float, UInt8
 
@@ -25,6 +24,7 @@ from ..running.errors import UsageError
 from ..running.members import Members
 from ..running.task import Plan, Task, chunk_length
 from .images import ImageData
+from .optimiser import nesterov, oscillating_nesterov, rise_and_fall
 from .oscillation import OscillatingRate, Oscillation, oscillating
 from .presets import Preset
 
@@ -187,45 +187,6 @@ def parse_period(text: str, steps_per_epoch: int) -> float:
     if not 0 < number < math.inf:
         raise UsageError(f"a period must be a positive number of steps or epochs, got {text}.")
     return number * steps_per_epoch if match and match[2] else number
-
-
-def nesterov(learning_rate: float, momentum: float, num_steps: int) -> optax.GradientTransformation:
-    """The paper's optimiser, whose rate follows `rise_and_fall` up to the given peak.
-
-    The peak and the momentum are injected hyperparameters, so that members may differ in them.
-    """
-    shape = rise_and_fall(num_steps)
-
-    def make(learning_rate, momentum):
-        return optax.sgd(lambda count: learning_rate * shape(count), momentum, nesterov=True)
-
-    return optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum)
-
-
-def oscillating_nesterov(
-    learning_rate: float, momentum: float, num_steps: int, rate: OscillatingRate
-) -> tuple[optax.GradientTransformation, dict[str, np.ndarray]]:
-    """`nesterov` with a learning rate that oscillates as well, and the hyperparameters of the members, whose amplitudes
-    and periods are those of `rate`, `[members]`."""
-    shape, like = rise_and_fall(num_steps), jax.tree.map(lambda leaf: leaf[0], rate)
-    leaves = lambda rate: (rate.schedule.amplitude, rate.schedule.period, rate.mean)
-
-    def make(learning_rate, momentum, amplitude, period, mean):
-        own = eqx.tree_at(leaves, like, (amplitude, period, mean))
-        return optax.sgd(lambda count: learning_rate * shape(count) * own(count)[0], momentum, nesterov=True)
-
-    names = ("amplitude", "period", "mean")
-    one = dict(zip(names, map(float, leaves(like)), strict=True))
-    optimiser = optax.inject_hyperparams(make)(learning_rate=learning_rate, momentum=momentum, **one)
-    return optimiser, dict(zip(names, map(np.asarray, leaves(rate)), strict=True))
-
-
-def rise_and_fall(num_steps: int) -> optax.Schedule:
-    """The paper's learning rate, relative to its peak: from 0 to 1 at 3/7 of the steps, and to a tenth at the end."""
-    rise = round(num_steps * 3 / 7)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, rise), optax.linear_schedule(1.0, 0.1, num_steps - rise)], [rise]
-    )
 
 
 def flops_per_image(width: int) -> float:

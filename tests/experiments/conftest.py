@@ -1,8 +1,11 @@
 import contextlib
+import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.running import devices
 
@@ -36,9 +39,16 @@ def devices_as_they_are():
 def sandbox(devices_as_they_are, tmp_path, monkeypatch):
     """Runs a command in a directory of its own, with the devices that there are and without a cache.
 
-    Ctrl-C is as a terminal has it: processes that a shell starts in the background ignore it.
+    Ctrl-C is as a terminal has it: processes that a shell starts in the background ignore it. Figures are put together
+    and their files made, but nothing is drawn in them, which would take longer than the training.
     """
     monkeypatch.chdir(tmp_path)
+    draw = Figure.savefig
+
+    def savefig(figure, path, **options):
+        Path(path).touch() if isinstance(path, str | os.PathLike) else draw(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

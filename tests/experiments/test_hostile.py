@@ -139,6 +139,7 @@ def test_two_processes_do_not_work_in_the_same_directory(tmp_path):
     finish(start(["spiral", "--resume", out]))
 
 
+@pytest.mark.slow
 def test_of_two_that_start_at_the_same_moment_one_is_refused(tmp_path):
     both = [start([*SHORT, "--out", tmp_path / "run"]) for _ in range(2)]
     ended = [process.communicate(timeout=240) for process in both]
@@ -184,6 +185,7 @@ def hangups():
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangups")
 def test_a_hangup_saves_first(tmp_path):
     process = start([*SPIRAL, "--out", tmp_path / "run"])
