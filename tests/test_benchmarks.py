@@ -215,7 +215,7 @@ def test_a_run_that_selects_nothing_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("arguments, code", [
     (["--benchmark", "benchmarks", "tests/test_readme.py"], 0),
-    (["-o", "testpaths=benchmarks", "--benchmark"], 0),
+    slow(["-o", "testpaths=benchmarks", "--benchmark"], 0),
     (["benchmarks", "--benchmark", "--benchmark-disable"], 4),
 ])  # fmt: skip
 def test_the_flag_is_found_however_the_benchmarks_are(arguments, code):

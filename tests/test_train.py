@@ -58,7 +58,7 @@ def test_a_step_is_the_optimisers_update_on_the_weighted_mean_loss(getkey):
 
 
 @pytest.mark.parametrize("chunks", [slow((20,)), slow((1,) * 20), (7, 7, 6), slow((3, 16, 1))])
-@pytest.mark.parametrize("batch_size", [None, 4, 13, 30])
+@pytest.mark.parametrize("batch_size", [None, slow(4), 13, slow(30)])
 def test_how_a_run_is_cut_into_chunks_does_not_matter(chunks, batch_size, getkey):
     data = blobs(getkey())
     start = init(make_mlp, OPTIMISER, getkey())

@@ -176,6 +176,7 @@ def test_ctrl_c_between_landscapes_stops_there_and_the_run_goes_on(results, tmp_
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_landscapes_comes_too_late(results, tmp_path, monkeypatch):
     interrupt_at(len(STEPS), monkeypatch)
     assert command(*FLAGS, "--out", "run") == 0

@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_nothing(runs, capsys, monkeypatch):
     assert set(os.listdir()) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_a_merge_that_is_killed_leaves_nothing_or_all(runs, number):
     """Killed while it draws: `--out` is not there, or whole; and the same command works."""
     program = (

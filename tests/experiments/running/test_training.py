@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_arrays_is_refused_and_kept(tmp_path, monkeypatch)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_was_asked_to_stop_saves_where_it_is(name, tmp_path, monkeypatch):
     whole = train(7, 1, 3)
     real, calls = ensemble.train_chunk, []
