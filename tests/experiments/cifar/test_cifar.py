@@ -338,7 +338,7 @@ def test_a_quick_run_that_does_not_establish_a_gain_points_to_one_that_does(pres
     run.accuracy.loc[{"amplitude": 10}] += gain
     run.accuracy.loc[{"amplitude": 10, "seed": 0}] -= 0.2 * (gain == 0)
     cifar.write_outputs(run, tmp_path)
-    assert ("python -m experiments.cifar --preset quick --seeds 32:64" in capsys.readouterr().out) == pointed
+    assert ("python -m experiments.cifar --preset quick --train-examples 1000" in capsys.readouterr().out) == pointed
 
 
 def test_the_first_line_says_what_is_going_to_happen(run_directory):
