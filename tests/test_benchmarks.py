@@ -376,6 +376,7 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path, plain_pytest, names):
     }
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_and_drawn(tmp_path):
     """On small problems: every number of members on one device and on all, and a figure with a curve for each width."""
     points = scaling.measure([4], [1, 2], seconds=0.0, size=8)

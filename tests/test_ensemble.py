@@ -79,7 +79,7 @@ def test_a_member_equals_that_member_trained_alone(make_model, block_size, getke
         assert tree_allclose(member(states.model, i), alone.model, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
+@pytest.mark.parametrize("make_model", [slow(make_mlp), make_myrtle])
 def test_with_blocks_of_one_a_member_is_bitwise_that_of_an_ensemble_of_one(make_model, getkey):
     keys, data = jr.split(getkey(), 5), dataset(make_model, getkey())
     states, metrics = run(make_model, keys, data, block_size=1, batch_size=7)
@@ -140,7 +140,7 @@ class Distance(eqx.Module):
         return jnp.sum(jax.vmap(state.model)(self.points) ** 2), loss.schedule(state.step)[0], len(data)
 
 
-@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("block_size", [slow(1), 2])
 def test_observations_are_those_of_every_member(block_size, getkey):
     keys, data, observe = jr.split(getkey(), 5), dataset(make_mlp, getkey()), Distance(jr.normal(getkey(), (4, 2)))
     states = ensemble.init(make_mlp, OPTIMISER, keys)
@@ -154,7 +154,7 @@ def test_observations_are_those_of_every_member(block_size, getkey):
     assert tree_allclose(weight, jax.vmap(of_class_0)(losses()))
 
 
-@pytest.mark.parametrize("make_model", [make_mlp, make_myrtle])
+@pytest.mark.parametrize("make_model", [make_mlp, slow(make_myrtle)])
 def test_evaluations_are_those_of_every_member(make_model, getkey):
     keys, data, other = jr.split(getkey(), 5), dataset(make_model, getkey()), dataset(make_model, getkey())
     states = ensemble.init(make_model, OPTIMISER, keys)

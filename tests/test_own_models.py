@@ -49,7 +49,7 @@ def sequential(key):
 MODELS = {"optional key": Dropping, "key": Demanding, "Sequential": sequential}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["optional key", slow("key"), "Sequential"])
 def test_a_model_with_dropout_trains_with_other_keys_in_every_update_and_for_every_example(name, getkey):
     data, state = blobs(getkey()), train.init(MODELS[name], OPTIMISER, getkey())
     step = eqx.filter_jit(train.train_step)
@@ -232,6 +232,7 @@ def test_numpy_data_and_hyperparameters(getkey):
     assert tree_allclose(states.opt_state.hyperparams["learning_rate"], jnp.array([0.1, 0.2]))
 
 
+@pytest.mark.slow
 def test_training_without_jit(getkey):
     data, state = blobs(getkey()), train.init(Dropping, OPTIMISER, getkey())
     run = lambda: train.train_chunk(state, LOSS, OPTIMISER, data, num_steps=2, batch_size=7, microbatch_size=7)[1]

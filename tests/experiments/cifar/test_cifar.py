@@ -420,6 +420,7 @@ def test_the_summary_agrees_with_the_results(results, run_directory):
     assert difference["mean"] == pytest.approx(float((chosen - static).mean()), abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_arrays(results, run_directory, tmp_path):
     arguments = [str(tmp_path / "again") if a == str(run_directory.path) else a for a in run_directory.arguments]
     assert command(*arguments) == 0
@@ -722,6 +723,7 @@ def interrupt(process, after: str) -> tuple[list[str], str]:
     return lines + out.splitlines(), error.replace("cuda_plugin_extension is not found.\n", "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_keeps_what_was_measured(tmp_path):
     flags = "--seeds 1 --epochs 2000 --evaluations 700".split()
     process = start(tmp_path, *TINY, *flags, "--out", tmp_path / "out")

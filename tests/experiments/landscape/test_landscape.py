@@ -139,6 +139,7 @@ def test_changes_are_paired_by_seed(results):
     assert found.values == pytest.approx({0: float(expected[0]), 1: float(expected[1])})
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(results, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_after(1, patch)

@@ -85,6 +85,7 @@ def test_an_interrupted_run_shows_what_it_has_and_goes_on(results, tmp_path, mon
     xr.testing.assert_equal(found, results)
 
 
+@pytest.mark.slow
 def test_slices_of_the_seeds_become_the_run(results, tmp_path):
     from experiments.merge import __main__ as merge
 

@@ -5,6 +5,7 @@ import pytest
 
 from experiments.spiral import dynamics
 
+from ...helpers import slow
 from ..cifar.test_figures import title
 from ..synthetic import assemble, class_weights
 
@@ -76,7 +77,7 @@ def test_seeds_are_summarised_by_their_median_of_windows(tmp_path, monkeypatch):
     assert "median of 3 seeds" in title(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kwargs", [{"seeds": 1}, {"observed": False}, {"finished": False, "steps_done": STEPS}])
+@pytest.mark.parametrize("kwargs", [{"seeds": 1}, {"observed": False}, slow({"finished": False, "steps_done": STEPS})])
 def test_everything_is_drawn_for(kwargs, tmp_path):
     written = dynamics.write(run(**kwargs).expand_dims(["init", "width", "learning_rate"]), tmp_path, 0)
     assert len(written) == (4 if kwargs.get("observed", True) else 3)

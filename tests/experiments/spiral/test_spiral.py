@@ -196,7 +196,7 @@ def test_a_member_that_diverges_is_reported_and_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [slow("--period 2"), slow("--updates 4 --amplitude 1 --curvature 1"), "--updates 1 --curvature 1"]
+    "arguments", [*map(slow, ["--period 2", "--updates 4 --amplitude 1 --curvature 1", "--updates 1 --curvature 1"])]
 )
 def test_very_short_runs(arguments, tmp_path):
     assert command(*TINY, *arguments.split(), "--seeds", 1, "--out", "run") == 0
@@ -210,7 +210,7 @@ def test_a_prime_number_of_updates_is_cut_into_chunks(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("\nupdate ") > 5
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, slow(True)])
 def test_ctrl_c_while_the_last_chunk_runs_or_results_are_put_together(last, tmp_path, monkeypatch, without_figures):
     """Of two networks: in the first one's last chunk, or when all are trained."""
     place = "results" if last else "curvature"
