@@ -93,7 +93,7 @@ class Config:
         PresetName | None,
         tyro.conf.arg(metavar="{short,quick,paper}", help_behavior_hint="(default: quick on a CPU, else short)"),
     ] = None
-    """quick takes less than three minutes for eight seeds on two CPU cores; short, with a seventh of the epochs, should
+    """quick takes two to four minutes for eight seeds on two CPU cores; short, with a seventh of the epochs, should
     take as long on a GPU; paper is the paper's protocol in full."""
     run: tyro.conf.OmitArgPrefixes[RunFlags] = RunFlags()
 
