@@ -111,6 +111,10 @@ class Comparison:
         """That of the losses of all runs, or none."""
         return "nats" if all(loss_unit(run.dataset) == "nats" for run in self.runs) else ""
 
+    def unit(self, metric: str) -> str:
+        """That in which a metric is shown, or none."""
+        return "%" if metric == "accuracy" else self.loss_unit
+
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Puts runs side by side."""

@@ -32,18 +32,17 @@ class Difference:
             return None
         pairs = run.minus(reference)
         if pairs.n < 2 or pairs.mean is None or pairs.std is None:
-            return cls(False, run.n, reference.n, run.mean - reference.mean, *_welch(run, reference))
+            mean, half = run.mean - reference.mean, _welch(run, reference)
+            interval = (None, None) if half is None else (mean - half, mean + half)
+            return cls(False, run.n, reference.n, mean, *interval)
         interval = (None, None) if pairs.std < SAME else (pairs.low, pairs.high)
         return cls(True, pairs.n, pairs.n, pairs.mean, *interval)
 
 
-def _welch(run: Estimate, reference: Estimate) -> tuple[float | None, float | None]:
-    """The confidence interval of the difference of two means of samples that may differ in size and variance."""
-    if run.mean is None or reference.mean is None or run.std is None or reference.std is None:
-        return None, None
-    if max(run.std, reference.std) < SAME:
-        return None, None
+def _welch(run: Estimate, reference: Estimate) -> float | None:
+    """Half the confidence interval of the difference of two means of samples that may differ in size and variance."""
+    if run.std is None or reference.std is None or max(run.std, reference.std) < SAME:
+        return None
     a, b = run.std**2 / run.n, reference.std**2 / reference.n
     freedom = (a + b) ** 2 / (a**2 / (run.n - 1) + b**2 / (reference.n - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * (a + b) ** 0.5
-    return run.mean - reference.mean - half, run.mean - reference.mean + half
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * (a + b) ** 0.5

@@ -45,7 +45,7 @@ def draw_outcomes(comparison: Comparison, path: str | os.PathLike[str]) -> Figur
             _draw_row(axes, row, split, metric, at, styles[row.loss])
         for border in borders:
             axes.axhline(border, color="0.4", linewidth=0.8)
-        unit = "%" if metric == "accuracy" else comparison.loss_unit
+        unit = comparison.unit(metric)
         axes.set_xlabel(f"{split} {metric}" + (f" ({unit})" if unit else ""))
         axes.margins(x=0.06)
         low, high = axes.get_xlim()  # the interval of two seeds can go far beyond what is possible

@@ -31,7 +31,7 @@ def _versus(row: Row, split: str, metric: str, comparison: Comparison) -> str:
 
 def _unit(metric: str, comparison: Comparison) -> str:
     """With a comma before it."""
-    unit = "%" if metric == "accuracy" else comparison.loss_unit
+    unit = comparison.unit(metric)
     return f", {unit}" if unit else ""
 
 

@@ -211,8 +211,7 @@ def _trends(dataset: xr.Dataset) -> list[str]:
     lines = [""] if groups else []
     for rest, parts in groups.items():
         gains = [over_cells(part, "validation", "difference") for part in parts]
-        small, large = gains[0].values, gains[-1].values
-        change = Estimate.of({seed: gain - small[seed] for seed, gain in large.items() if seed in small})
+        change = gains[-1].minus(gains[0])
         verdict = "no change is established"
         if _p_value(change) < 1 - CONFIDENCE:
             verdict = "it grows" if (change.mean or 0) > 0 else "it shrinks"

@@ -53,10 +53,8 @@ def points(dataset: xr.Dataset) -> list[Point]:
     found = []
     for _, part in by_setting(dataset):
         conditions = summarise(part).conditions
-        sharpness = [_sharpness(members, c) for members, c in zip(by_loss(part), conditions, strict=True)]
-        static = sharpness[0]
-        for condition, values in zip(conditions, sharpness, strict=True):
-            pairs = {seed: v - static[seed] for seed, v in values.items() if seed in static and condition.period}
+        sharpness = [Estimate.of(_sharpness(members, c)) for members, c in zip(by_loss(part), conditions, strict=True)]
+        for condition, largest in zip(conditions, sharpness, strict=True):
             found.append(
                 Point(
                     loss_function=str(part.loss_function.item()),
@@ -64,8 +62,8 @@ def points(dataset: xr.Dataset) -> list[Point]:
                     parameters=int(part.parameters),
                     learning_rate=float(part.learning_rate),
                     condition=condition,
-                    sharpness=Estimate.of(values),
-                    sharpening=Estimate.of(pairs, differences=True),
+                    sharpness=largest,
+                    sharpening=largest.minus(sharpness[0]) if condition.period else Estimate.of({}),
                 )
             )
     return found
