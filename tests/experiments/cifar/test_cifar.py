@@ -332,13 +332,30 @@ def test_every_file_is_there_and_says_digits(run_directory):
     assert "NOT CIFAR-10" in (run_directory.path / "digits_summary.md").read_text()
 
 
-@pytest.mark.parametrize("preset, gain, pointed", [("quick", 0.0, True), ("quick", 0.1, False), ("short", 0.0, False)])
-def test_a_quick_run_that_does_not_establish_a_gain_points_to_one_that_does(preset, gain, pointed, tmp_path, capsys):
-    run = synthetic.results(seeds=8, preset=preset, images_per_second=1.0)
+@pytest.mark.parametrize("dataset, preset, gain, pointed", [
+    ("cifar10", "quick", 0.0, True), ("cifar10", "quick", 0.1, False), ("cifar10", "short", 0.0, False),
+    ("digits", "quick", 0.0, False)])  # fmt: skip
+def test_a_quick_run_that_does_not_establish_a_gain_points_to_one_that_does(
+    dataset, preset, gain, pointed, tmp_path, capsys
+):
+    run = synthetic.results(seeds=8, dataset=dataset, preset=preset, images_per_second=1.0)
     run.accuracy.loc[{"amplitude": 10}] += gain
     run.accuracy.loc[{"amplitude": 10, "seed": 0}] -= 0.2 * (gain == 0)
     cifar.write_outputs(run, tmp_path)
     assert ("python -m experiments.cifar --preset quick --train-examples 1000" in capsys.readouterr().out) == pointed
+
+
+@pytest.mark.parametrize(
+    "learned, gain, said", [(0.66, -0.01, True), (0.66, 0.01, False), (0.97, -0.01, False), (np.nan, -0.01, False)]
+)
+def test_a_loss_that_was_not_overfitted_is_called_so_where_nothing_was_gained(learned, gain, said, tmp_path, capsys):
+    run = synthetic.results(seeds=8, preset="paper", images_per_second=1.0)
+    run.accuracy.loc[{"split": "train", "amplitude": 1}] = learned
+    run.accuracy.loc[{"split": "validation", "amplitude": 10}] = (
+        run.accuracy.sel(split="validation", amplitude=1) + gain
+    )
+    cifar.write_outputs(run, tmp_path)
+    assert ("static loss has only 66% of its training set" in " ".join(capsys.readouterr().out.split())) == said
 
 
 def test_the_first_line_says_what_is_going_to_happen(run_directory):
