@@ -110,8 +110,7 @@ def main(arguments: list[str] | None = None) -> bool:
             work = f"{task.plan.num_steps:,} updates with a frozen loss"
             console.print(f"{len(task.members):,} members = {len(starts)} networks x {config.num_rates} rates | {work}")
             measured = train([task], **run.checkpoints)
-            results = frozen.results(measured, starts, config.last)
-            results = results.assign_coords(init=config.init, width=config.width)
+            results = frozen.results(measured, starts, config.last, init=config.init, width=config.width)
         if run.save(results):
             console.print(f"{write_outputs(results, run.directory, config.show_seed)}: {run.directory}")
     return run.finished

@@ -1,7 +1,8 @@
 """Networks that go on with a frozen loss: where they start, and at which learning rates."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.random as jr
@@ -16,12 +17,24 @@ from eqx_dynloss.schedule import StaticWeights
 from eqx_dynloss.train import Dataset, TrainState
 
 from ..problems import spiral
-from ..results.labelled import missing_values
+from ..results.labelled import about, missing_values
 from ..running.devices import devices
 from ..running.members import Members
 from ..running.task import Plan, Task, chunk_length
 
 ORDER = 20  # Lanczos products for the largest eigenvalue
+_ABOUT: dict[Hashable, dict[str, str]] = {
+    "final_loss": {"units": "nats", "long_name": "frozen loss at the last updates"},
+    "initial_loss": {"units": "nats", "long_name": "frozen loss before the first update"},
+    "hessian_max": {"units": "1", "long_name": "largest Hessian eigenvalue λ of the frozen loss"},
+    "final_hessian_max": {"units": "1", "long_name": "largest Hessian eigenvalue after the last update"},
+    "frozen": {
+        "units": "1",
+        "long_name": "step of the period, in units of T, whose loss is frozen; or the static loss",
+    },
+    "multiple": {"units": "1", "long_name": "learning rate in units of 2/λ"},
+    "update": {"units": "update", "long_name": "number of the update among the last ones"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +96,11 @@ def sweep(
     return Task("frozen", members, task.data, task.splits, plan)
 
 
-def results(measured: xr.Dataset, starts: Sequence[Start], last: int) -> xr.Dataset:
+def results(measured: xr.Dataset, starts: Sequence[Start], last: int, **settings: Any) -> xr.Dataset:
     """`final_loss`, `[frozen, seed, multiple, update]`, the loss at each of the last updates; `initial_loss` at the
     first one; the largest Hessian eigenvalue of the frozen loss at the start, `hessian_max`, `[frozen, seed]`, and
-    after the last update, `final_hessian_max`, NaN in an interrupted run; and `diverged_at`."""
+    after the last update, `final_hessian_max`, NaN in an interrupted run; and `diverged_at`. `settings` are those
+    of all networks."""
     flat = xr.Dataset(
         {
             "final_loss": (("member", "update"), measured.minibatch_loss.values[:, -last:]),
@@ -104,10 +118,9 @@ def results(measured: xr.Dataset, starts: Sequence[Start], last: int) -> xr.Data
     for start in starts:
         largest.loc[{"frozen": start.name, "seed": start.seed}] = start.hessian_max
     whole = whole.assign(hessian_max=largest).transpose("frozen", "seed", "multiple", "update")
-    whole.final_loss.attrs |= {"units": "nats", "long_name": "frozen loss at the last updates"}
-    whole.multiple.attrs |= {"units": "1", "long_name": "learning rate in units of 2/λ"}
-    whole.final_hessian_max.attrs |= {"units": "1", "long_name": "largest Hessian eigenvalue after the last update"}
-    whole.hessian_max.attrs |= {"units": "1", "long_name": "largest Hessian eigenvalue λ of the frozen loss"}
+    whole = whole.assign_coords(settings)
+    for name in whole.variables:
+        whole[name].attrs |= _ABOUT.get(name) or about(str(name))
     return whole.assign_attrs(
         dataset="spiral",
         finished=str(bool(measured.finished)).lower(),

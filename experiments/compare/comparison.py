@@ -3,6 +3,7 @@
 Within a run the losses share their seeds, so differences are paired; between runs see `difference`.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import xarray as xr
 
 from ..results.conditions import Condition
 from ..results.files import PACKAGES
-from ..results.labelled import SPLITS, by_loss, by_setting, dataset_title, loss_unit
+from ..results.labelled import SETTINGS, SPLITS, by_loss, by_setting, dataset_title, loss_unit
 from ..results.summary import Summary
 from ..results.tables import plain
 from .difference import Difference
@@ -66,13 +67,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A condition of a run and its members, their part of the dataset. `versus` is its difference from the reference by
-    split and metric, "accuracy" or "loss", without what cannot be compared."""
+    """A condition of a run, its settings besides the loss, and its members, their part of the dataset. `versus` is its
+    difference from the reference by split and metric, "accuracy" or "loss", without what cannot be compared."""
 
     run: Run
     condition: Condition
+    settings: dict[str, Any]
     members: xr.Dataset
-    versus: dict[str, dict[str, Difference]]
+    versus: dict[str, dict[str, Difference]] = dataclasses.field(default_factory=dict)
 
     @property
     def loss(self) -> tuple[float, float | None]:
@@ -83,6 +85,10 @@ class Row:
         """The condition in words, and how many of its seeds are used if some diverged."""
         c = self.condition
         return c.name + (f" ({c.used} of {c.seeds} seeds)" if c.diverged else "")
+
+    def key(self, varied: Sequence[str]) -> tuple:
+        """What equal conditions have in common: the loss, and the settings that are varied."""
+        return (*(self.settings.get(name) for name in varied), *self.loss)
 
 
 @dataclass(frozen=True)
@@ -118,21 +124,37 @@ class Comparison:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Puts runs side by side."""
-    first = runs[0]
-    reference = {_key(c): c for c in first.summary.conditions}
-    rows = []
-    for run in runs:
+    first, rows = runs[0], _rows(runs[0])
+    references = list(rows)
+    for run in runs[1:]:
+        varied = _varied([run, first])
+        reference = {row.key(varied): row.condition for row in references}
         finished = run.summary.finished and first.summary.finished
-        comparable = run is not first and run.data == first.data and finished
-        members = (m for _, part in by_setting(run.dataset) for m in by_loss(part))  # in the order of the summary
-        for c, of_condition in zip(run.summary.conditions, members, strict=True):
-            other = reference.get(_key(c)) if comparable else None
-            metrics = METRICS if run.loss_function == first.loss_function else METRICS[:1]
-            rows.append(Row(run, c, of_condition, _versus(c, other, metrics) if other else {}))
+        comparable = run.data == first.data and finished
+        metrics = METRICS if run.loss_function == first.loss_function else METRICS[:1]
+        for row in _rows(run):
+            other = reference.get(row.key(varied)) if comparable else None
+            rows.append(dataclasses.replace(row, versus=_versus(row.condition, other, metrics) if other else {}))
     names = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
     return Comparison(list(runs), differing, _notices(runs), _notes(runs, rows), rows)
+
+
+def _rows(run: Run) -> list[Row]:
+    """The conditions of a run, in the order of its summary."""
+    parts = [(_settings(part), members) for _, part in by_setting(run.dataset) for members in by_loss(part)]
+    return [Row(run, c, *part) for c, part in zip(run.summary.conditions, parts, strict=True)]
+
+
+def _settings(part: xr.Dataset) -> dict[str, Any]:
+    """The settings of a part by name. What oscillates is the paper's triangle where nothing else is said."""
+    return {"oscillation": "triangle"} | {name: part[name].item() for name in SETTINGS if name in part.coords}
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    """The settings of which one of the runs has several. (Others, in which whole runs differ, are what is compared.)"""
+    return [name for name in SETTINGS if any(run.dataset.sizes.get(name, 1) > 1 for run in runs)]
 
 
 def _versus(run: Condition, reference: Condition, metrics: Sequence[str]) -> dict[str, dict[str, Difference]]:
@@ -141,10 +163,6 @@ def _versus(run: Condition, reference: Condition, metrics: Sequence[str]) -> dic
         for split in SPLITS
     }
     return {split: differences for split, differences in found.items() if differences}
-
-
-def _key(condition: Condition) -> tuple[str, float, float | None]:
-    return condition.setting, condition.amplitude, condition.period
 
 
 def _notices(runs: Sequence[Run]) -> list[str]:
@@ -172,12 +190,14 @@ def _notes(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     if len(runs) > 1:
         notes.append(
             f"Run − reference is the difference from {runs[0].name}, given where both runs are finished, the data sets "
-            "are the same, and so are setting, A and T (and, for losses, the loss function). It is paired by the seeds "
-            "that both runs have, with Student's 95 % confidence interval."
+            "are the same, and so are A, T and every setting of which one of the two has several (and, for losses, the "
+            "loss function). It is paired by the seeds that both runs have, of which there are as many as the run has "
+            "unless it says so, with Student's 95 % confidence interval."
         )
     if any(not d.paired for d in versus):
         notes.append(
-            "Runs without two seeds in common are not paired: their interval is Welch's, for independent samples."
+            "Runs without two seeds in common are not paired: their interval is Welch's, for independent samples "
+            "(marked so)."
         )
     dynamical = sum(row.condition.period is not None for row in rows)
     if dynamical + compared > 1:
@@ -200,13 +220,14 @@ def select(comparison: Comparison, most: int, least: int = 1) -> list[Row]:
     longest = max(len(rows) for rows in by_run)
     fitting = [cap for cap in range(1, longest + 1) if sum(min(len(rows), cap) for rows in by_run) <= most]
     cap = max(fitting[-1] if fitting else 1, least)
-    occurrences = Counter(_key(row.condition) for row in comparison.rows)
+    varied = _varied(comparison.runs)
+    occurrences = Counter(row.key(varied) for row in comparison.rows)
     selected = []
     for rows in by_run:
         n = min(len(rows), cap)
         shared, others = [], []
         for i, row in enumerate(rows):
-            (shared if occurrences[_key(row.condition)] > 1 else others).append(i)
+            (shared if occurrences[row.key(varied)] > 1 else others).append(i)
         picked = _spread_out(shared, n)
         picked = sorted(picked + _spread_out(others, n - len(picked)))
         if len(selected) + n <= most:

@@ -26,7 +26,10 @@ def _versus(row: Row, split: str, metric: str, comparison: Comparison) -> str:
     if row.run is comparison.runs[0]:
         return "reference"
     found = row.versus.get(split, {}).get(metric)
-    return words.difference(found.mean, found.low, found.high, *_SCALES[metric]) if found else words.MISSING
+    if found is None:
+        return words.MISSING
+    how = "" if found.seeds == row.condition.used else f" ({found.seeds} pairs)"
+    return words.difference(found.mean, found.low, found.high, *_SCALES[metric]) + (how if found.paired else " (Welch)")
 
 
 def _unit(metric: str, comparison: Comparison) -> str:

@@ -19,7 +19,7 @@ from ..running.errors import UsageError
 from ..running.flags import LEAST, RunFlags, Seeds, ShownSeed, parse_seeds, require, require_shown
 from ..running.session import Session
 from ..running.task import Task, announcement
-from ..running.terminal import console, execute
+from ..running.terminal import console, execute, warn
 from ..running.training import train
 from . import cuts
 
@@ -119,8 +119,11 @@ def write_outputs(results: xr.Dataset, directory: Path, show_seed: int | None = 
     # Here: what only the end needs takes seconds to import.
     from . import figures, statistics
 
-    for line in statistics.write(results, directory):
-        console.print(line)
+    notices, sentences = statistics.write(results, directory)
+    for notice in notices:
+        warn(notice)
+    for sentence in sentences:
+        console.print(sentence)
     written = figures.write(results, directory, int(results.seed[0]) if show_seed is None else show_seed)
     return f"Results, summary and {len(written)} figures"
 

@@ -54,17 +54,21 @@ def changes(members: xr.Dataset) -> dict[str, dict[str, Estimate]]:
     }
 
 
-def write(dataset: xr.Dataset, directory: Path) -> list[str]:
-    """Writes `summary.md` and `summary.json`, and returns what they say, in sentences."""
-    sentences, lines, document = [], [], {}
+def write(dataset: xr.Dataset, directory: Path) -> tuple[list[str], list[str]]:
+    """Writes `summary.md` and `summary.json`, and returns what must be known before their numbers, and what these say,
+    in sentences."""
+    notices, sentences, lines, document = [], [], [], {}
     losses = by_loss(dataset.squeeze(["init", "width", "learning_rate"]))
     for members in losses:
         name, found, seeds = loss_name(members), outcomes(members), members.seed.values
         estimates = {
             n: [Estimate.of_finite(seeds, v.values[:, k]) for k in range(v.shape[1])] for n, v in found.items()
         }
+        diverged = seeds[members.diverged_at.values >= 0].tolist()
+        if diverged:
+            notices.append(f"DIVERGED (became non-finite) and left out: {name}: seed {', '.join(map(str, diverged))}.")
         rows = [
-            [f"{phase:.3g} T", f"{int(step):,}", *(estimates[n][k].spread(1, 3) for n in NAMES)]
+            [f"{phase:.3g} T", f"{int(step):,}", *(_cell(estimates[n][k], len(seeds)) for n in NAMES)]
             for k, (phase, step) in enumerate(zip(phases(members), members.observation_step, strict=True))
         ]
         lines += ["", f"## Network of the {name} loss" if name == "static" else f"## Network of {name}", ""]
@@ -74,23 +78,30 @@ def write(dataset: xr.Dataset, directory: Path) -> list[str]:
             lead = f"{name}: " if len(losses) > 2 else ""
             sentences += [lead + _sentence(turn, n, found[n]) for turn, found in moved.items() for n in SAID]
         document[name] = {
-            "diverged": members.seed.values[members.diverged_at.values >= 0].tolist(),
+            "diverged": diverged,
             "steps": members.observation_step.values.tolist(),
             "outcomes": {n: [dataclasses.asdict(e) for e in row] for n, row in estimates.items()},
             "changes": {t: {n: dataclasses.asdict(e) for n, e in f.items()} for t, f in moved.items()},
         }
     head = [f"# The loss landscape over one period: {subject(dataset)}", ""]
+    head += [line for notice in notices for line in (f"> **{notice}**", "")]
     head += [f"- {sentence}" for sentence in sentences]
     notes = [
         "The loss of the step's class weights, on all training points; ± is the standard deviation over seeds.",
         f"v₁ is the eigenvector of the largest Hessian eigenvalue λ₁ ({cuts.ORDER} Lanczos products); the width is "
         f"that {cuts.RISE:g} nats above the lowest point along it; – where no seed's cut shows it.",
+        "(n): only n seeds are in a mean: the others diverged, or their cuts do not show it.",
         f"Intervals: {CONFIDENCE:.0%}, Student's t over seeds, of changes within a seed; p: Wilcoxon's signed-rank.",
     ]
     lines = [*head, *lines, *tables.ending(notes, dataset)]
-    document = {"losses": document, "statements": sentences, "attributes": tables.attributes(dataset)}
-    write_texts(directory, "summary", lines, document)
-    return sentences
+    document = {"notices": notices, "losses": document, "statements": sentences}
+    write_texts(directory, "summary", lines, document | {"attributes": tables.attributes(dataset)})
+    return notices, sentences
+
+
+def _cell(estimate: Estimate, seeds: int) -> str:
+    """Mean ± std, and the number of seeds if some are missing."""
+    return estimate.spread(1, 3) + (f" ({estimate.n})" if 0 < estimate.n < seeds else "")
 
 
 def _sentence(turn: str, name: str, change: Estimate) -> str:

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> bool:
     """The command. Returns True: there is nothing to go on with."""
     arguments = sys.argv[1:] if arguments is None else arguments
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.merge", description=Config.__doc__)
-    refuse_used(config.out)
+    refuse_used(config.out, but=())
     require_packages()
     from .joining import Part, join
 

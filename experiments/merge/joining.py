@@ -2,6 +2,7 @@
 
 import functools as ft
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class Part:
     def experiment(self) -> str:
         """The command that made it."""
         command = str(self.dataset.attrs.get("merged", self.dataset.attrs.get("command", "")))
-        return command.partition("experiments.")[2].partition(" ")[0]
+        found = re.search(r"experiments\.(\w+)", command)
+        return found[1] if found else ""
 
     @property
     def first_seed(self) -> int:
@@ -82,9 +84,13 @@ def join(parts: Sequence[Part]) -> tuple[xr.Dataset, dict[str, Any]]:
 
 def _refuse_others(one: Part, other: Part) -> None:
     """Raises a `UsageError` that names what differs besides seeds, amplitudes and periods."""
+    if one.experiment != other.experiment:
+        raise UsageError(
+            f"{one.path} is a run of experiments.{one.experiment}, and {other.path} of experiments.{other.experiment}: "
+            "only runs of one command are one run."
+        )
     ours, theirs = one.config.keys() - {*_FREE}, other.config.keys() - {*_FREE}
-    pairs = [("command", one.experiment, other.experiment)]
-    pairs += [(name, one.config.get(name), other.config.get(name)) for name in sorted(ours | theirs)]
+    pairs = [(name, one.config.get(name), other.config.get(name)) for name in sorted(ours | theirs)]
     pairs += [(name, one.dataset.attrs.get(name), other.dataset.attrs.get(name)) for name in (*_SAME, *_VERSIONS)]
     different = [
         f"{name.replace('_', ' ')} {_words(a)} and {_words(b)}"

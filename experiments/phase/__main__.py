@@ -53,7 +53,8 @@ class Config:
     amplitudes: Annotated[str | None, _default("GRID", "1,2,5,10,20,50,100, for CIFAR-10 1,2,5,10,20")] = None
     """Amplitudes A >= 1 of the dynamical loss."""
     periods: Annotated[str | None, _default("GRID", "log:50:5000:7, for CIFAR-10 0.25ep,1ep,4ep,16ep")] = None
-    """Periods T of one class, in updates, rounded to whole ones; in a list for CIFAR-10 also in epochs (0.5ep)."""
+    """Periods T of one class, in updates, rounded to whole ones; those of a list for CIFAR-10 are taken as they are,
+    also in epochs (0.5ep)."""
     seeds: Seeds = 8
     """Members of every cell of the diagram: so many, or a slice, 8:16. Seed s has the same initial weights in all."""
     widths: Annotated[str | None, _default("GRID", "100, for CIFAR-10 the preset's")] = None

@@ -72,13 +72,15 @@ class Problem:
         num_steps = preset.epochs * steps_per_epoch
         stop = round((6 / 7 * preset.epochs if stop_epoch is None else stop_epoch) * steps_per_epoch)
         periods = [parse_period(text, steps_per_epoch) for text in preset.period]
+        if min(periods, default=2) < 2:
+            raise UsageError(f"a period must be at least 2 steps, shorter ones have no peak, got {min(periods):g}.")
         try:
             coordinates = combinations(preset.amplitude, periods, seeds)
         except ValueError as error:
             raise UsageError(str(error)) from error
         turns = np.nan_to_num(coordinates["period"], nan=1.0)  # the static loss has none
-        if oscillation == "learning-rate" and any(T < 2 or T % 1 for T in periods):
-            raise UsageError("--oscillation learning-rate takes periods of whole steps, 2 or more, such as 1ep.")
+        if oscillation == "learning-rate" and any(T % 1 for T in periods):
+            raise UsageError("--oscillation learning-rate takes periods of whole steps, such as 1ep.")
         if oscillation == "learning-rate" and plan.get("observe"):
             raise UsageError("--oscillation learning-rate has no single edge of stability: pass --curvature 0.")
         stops = np.full(len(turns), stop)

@@ -133,7 +133,7 @@ def unfold(*parts: xr.Dataset, periods: Sequence[float], classes: Sequence[str],
     )
     unfolded = unfolded.assign_coords({"class": list(classes)})
     for name in unfolded.variables:
-        unfolded[name].attrs |= _attributes(str(name))
+        unfolded[name].attrs |= about(str(name))
     return unfolded.assign_attrs(
         comment="amplitude 1 is the static loss, which has no period: trained once, repeated along period",
         # netCDF attributes know neither None nor bool
@@ -227,5 +227,6 @@ def loss_name(members: xr.Dataset) -> str:
     return words.loss_name(float(members.amplitude), float(members.period), members.attrs.get("steps_per_epoch"))
 
 
-def _attributes(name: str) -> dict[str, str]:
+def about(name: str) -> dict[str, str]:
+    """The attributes of a variable: its unit, and what it is. Nothing of one that is not known."""
     return dict(zip(("units", "long_name"), _UNITS.get(name, ()), strict=False))

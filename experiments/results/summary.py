@@ -1,7 +1,7 @@
 """What a run's results say: every condition, what its differences establish, and what must be known before reading."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from .conditions import Condition, condition
 from .estimate import CONFIDENCE, SAME
 from .labelled import by_loss, by_setting, loss_unit, subject
 
-_MOST_NAMED = 6  # of the members that collapsed, in a notice
+_MOST_NAMED = 6  # of the members or conditions that a notice is about
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,10 @@ def _notices(dataset: xr.Dataset, finished: bool, everything: list[Condition]) -
             f"difference, which can flatter the conditions they belong to ({_named(gone)})."
         )
     if fallen := [(c, seed) for c in everything for seed in c.collapsed]:
-        named = "; ".join(_fall(c, seed) for c, seed in fallen[:_MOST_NAMED])
-        rest = f"; and {len(fallen) - _MOST_NAMED} more, which summary.json names" * (len(fallen) > _MOST_NAMED)
         notices.append(
             "COLLAPSED on the way (validation accuracy fell to chance, or by more than half of its best so far): "
             f"{len(fallen)} of {sum(c.seeds for c in everything)} members. They are part of every mean and difference: "
-            f"look at the medians ({named}{rest})."
+            f"look at the medians ({_first(_fall(c, seed) for c, seed in fallen)})."
         )
     guessing = {c.name: c.at_chance for c in everything if c.at_chance}
     if guessing:
@@ -141,7 +139,14 @@ def _count(found: Mapping[str, list[int]], everything: list[Condition]) -> str:
 
 
 def _named(found: Mapping[str, list[int]]) -> str:
-    return "; ".join(f"{name}: seed {', '.join(map(str, seeds))}" for name, seeds in found.items())
+    return _first(f"{name}: seed {', '.join(map(str, seeds))}" for name, seeds in found.items())
+
+
+def _first(items: Iterable[str]) -> str:
+    """As many as one reads, and how many more there are."""
+    named = list(items)
+    rest = len(named) - _MOST_NAMED
+    return "; ".join(named[:_MOST_NAMED]) + (f"; and {rest} more, which summary.json names" if rest > 0 else "")
 
 
 def _fall(condition: Condition, seed: int) -> str:

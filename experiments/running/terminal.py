@@ -1,5 +1,6 @@
 """What a command shows and how it ends: the console, the progress of the training, exit codes, times in words."""
 
+import contextlib
 import io
 import sys
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .errors import UsageError
 
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
+
+class _Console(Console):
+    """Says nothing more where nobody reads any more (`| head`), and lets the work go on: nothing is lost."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)  # paths are printed as they are
 
 
 def execute(command: Callable[[], bool]) -> NoReturn:

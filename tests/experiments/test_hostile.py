@@ -51,6 +51,22 @@ def test_help_and_wrong_flags_on_an_ascii_terminal():
     assert process.returncode == 2 and "Traceback" not in error
 
 
+def test_what_nobody_reads_any_more_is_no_reason_to_stop(tmp_path):
+    """As of `| head -1`, which closes the pipe."""
+    code = f"""if True:
+        from experiments.running.terminal import console
+        for number in range(10_000):
+            console.print(number)
+        open({str(tmp_path / "saved")!r}, "w").close()
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.wait(60) == 0 and (tmp_path / "saved").exists()
+    assert process.stderr is not None and process.stderr.read() == b""
+    process.stderr.close()
+
+
 # What is not there
 
 

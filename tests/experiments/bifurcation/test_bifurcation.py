@@ -94,6 +94,12 @@ def results(tmp_path_factory, devices_as_they_are) -> xr.Dataset:
     return files.load(path / "results.nc")
 
 
+def test_every_variable_says_what_it_is(results):
+    assert [
+        name for name in results.variables if name not in ("seed", "init") and not results[name].attrs.get("units")
+    ] == []
+
+
 def test_a_network_goes_on_by_gradient_descent_with_the_weights_of_its_phase(results, x64):
     """Every update of one member, from JAX's own gradient of the weighted cross-entropy."""
     config = bifurcation.Config(seeds=2, amplitude=10.0, period=20, width=6)

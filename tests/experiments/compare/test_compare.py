@@ -136,7 +136,8 @@ def test_rows_and_differences_against_scipy(shared, capsys):
         outcome = rows[4]["outcomes"]["validation"][metric]
         assert f"{scale * outcome['mean']:.{digits}f} ± {scale * outcome['std']:.{digits}f}" in output
         assert "7/8" in output and "DIVERGED" in output and f"T = 50 (1.25 ep): seed {6 - shared}" in output
-    assert ("Welch" in text) == (shared < 2)
+    assert ("Welch" in text) == (shared < 2) and text.count("] (Welch)") == 8 * (shared < 2)
+    assert text.count("] (5 pairs)") + text.count("] (4 pairs)") == 8 * (shared > 1)
 
 
 def assert_interval(found: dict[str, Any], test: Any) -> None:
@@ -187,6 +188,25 @@ def test_only_what_is_comparable_is_compared():
     }
     assert "DIFFERENT DATA SETS" in runs.notices[0] and "other on scikit-learn digits" in runs.notices[0]
     assert any(notice.startswith("half: INTERRUPTED") for notice in runs.notices)
+
+
+@pytest.mark.parametrize("reference, other, compared_with", [
+    ({}, {"oscillation": ["triangle", "cosine"]}, ["triangle"]),
+    ({"oscillation": ["triangle", "cosine"]}, {}, ["triangle"]),
+    ({}, {"oscillation": "learning-rate"}, ["learning-rate"]),  # in which whole runs differ, is what is compared
+    ({"oscillation": "cosine"}, {"oscillation": ["triangle", "cosine"]}, ["cosine"]),
+    ({"width": 30}, {"width": 100}, ["triangle"]),
+    ({"width": 30}, {"width": [100, 300]}, []),
+])  # fmt: skip
+def test_settings_that_one_of_the_runs_varies_have_to_be_the_same(reference, other, compared_with):
+    def run(**settings):
+        data = results(dataset="spiral")
+        for name, values in settings.items():
+            data = data.expand_dims({name: values}) if isinstance(values, list) else data.assign_coords({name: values})
+        return data
+
+    rows = compared({"a": run(**reference), "b": run(**other)}).rows
+    assert [row.settings["oscillation"] for row in rows if row.versus and row.condition.period] == compared_with
 
 
 # What differs

@@ -220,8 +220,20 @@ def test_wrong_use_is_one_sentence_and_2(flags, part, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_networks_that_diverge_are_left_out_and_drawn_without(tmp_path):
+def test_a_mean_says_so_where_some_cuts_do_not_show_it(results, tmp_path):
+    valley = results.copy(deep=True).expand_dims(["init", "width", "learning_rate"])
+    valley["loss_along"] = 1e4 * valley.distance**2 + 0 * valley.loss_along
+    valley.loss_along.loc[{"amplitude": 10, "seed": 1}] = 0.0  # no rim
+    statistics.write(valley, tmp_path)
+    static, dynamical = (tmp_path / "summary.md").read_text().split("## Network of A")
+    assert " (1) |" not in static and dynamical.count(" (1) |") == len(STEPS)
+
+
+def test_networks_that_diverge_are_left_out_and_drawn_without(tmp_path, capsys):
     assert command(*FLAGS, "--learning-rate", "1e200", "--out", "run") == 0
+    text = (tmp_path / "run" / "summary.md").read_text()
+    for said in (text, " ".join(capsys.readouterr().out.split())):
+        assert "DIVERGED (became non-finite) and left out: static: seed 0, 1." in said
     document = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert document["losses"]["static"]["diverged"] == [0, 1]
     assert document["losses"]["static"]["outcomes"]["sharpness"][0]["n"] == 0

@@ -27,7 +27,7 @@ from ..synthetic import results, run_command
 ROOT = Path(__file__).parents[3]
 TINY = "--dataset digits --width 1 --epochs 1 --train-examples 64 --validation-examples 20 --evaluations 2".split()
 DIAGRAM = "--experiment cifar --dataset digits --widths 1 --epochs 1 --train-examples 64 --evaluations 1".split()
-COMMAND = "python -m experiments.cifar --seeds 4"
+COMMAND = "python -m experiments.cifar"  # without flags, as one that was merged is followed by a ;
 SPIRAL = "--updates 20 --width 3 --period 5 --curvature 10 --amplitude 5".split()
 
 
@@ -187,7 +187,7 @@ def test_a_merged_run_says_what_it_is_made_of_and_can_be_merged_again(runs, caps
     assert found.attrs["merged"] in Path("four/summary.md").read_text()
     capsys.readouterr()
     assert run_command(cifar.main, "--resume", "four") == 2  # there is nothing to go on with
-    assert "not the configuration of a run" in capsys.readouterr().err
+    assert "was merged from others: there is nothing to go on with" in capsys.readouterr().err
 
 
 def test_settings_of_the_whole(runs):
@@ -235,7 +235,7 @@ def test_overlapping_seeds_that_differ_are_refused(runs, capsys):
     [
         (["first"], "at least two RUNs"),
         (["first", "first"], "given twice"),
-        (["first", "diagram"], "command cifar and phase"),
+        (["first", "diagram"], "a run of experiments.cifar, and diagram of experiments.phase"),
         (["a", "b1"], "no run has seed 0, amplitude 2, period 20"),
         (["a1", "b2"], "no run has seed 0, amplitude 2, period 10"),
         (["first", "nowhere"], "does not exist"),
@@ -255,6 +255,12 @@ def test_what_cannot_be_merged_is_refused_in_a_sentence(runs, capsys, arguments,
 def test_a_directory_with_something_in_it_is_refused(runs, capsys):
     assert command("first", "rest", "--out", "a") == 2
     assert "is not empty" in capsys.readouterr().err
+    Path("begun").mkdir()
+    Path("begun/config.json").touch()
+    assert command("first", "rest", "--out", "begun") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert command("first", "rest", "--out", "begun/config.json") == 2
+    assert "is a file" in capsys.readouterr().err
     Path("empty").mkdir()
     assert command("first", "rest", "--out", "empty") == 0 and len(list(Path("empty").iterdir())) == 6
 

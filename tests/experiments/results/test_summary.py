@@ -185,6 +185,13 @@ def test_a_low_accuracy_that_never_was_higher_is_no_collapse():
     assert not any(c.collapsed for c in summarise(dataset).conditions)
 
 
+def test_many_conditions_at_chance_are_counted_and_some_named():
+    dataset = results(amplitudes=(1, *range(2, 11)), seeds=2)
+    dataset.accuracy[..., -1] = 0.1
+    (notice,) = [n for n in summarise(dataset).notices if n.startswith("AT CHANCE")]
+    assert "20 of 20 members" in notice and notice.count("seed ") == 6 and "and 4 more" in notice
+
+
 def test_many_collapsed_members_are_counted_and_some_named():
     dataset = results(seeds=20)
     dataset.accuracy[1, 0, :, 1, -1] = 0.1
