@@ -81,7 +81,8 @@ def softmax_cross_entropy(
 
     **Raises:** `ValueError` for operands that do not fit and options out of range.
     """
-    class_weights, axis = _weights_or_axis(class_weights, axis, np.ndim(logits) - np.ndim(labels))
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    class_weights, axis = _weights_or_axis(class_weights, axis, logits.ndim - labels.ndim)
     x, mask = operands.classes_last(axis, logits, where)
     loss, _ = weighted_xent(
         x,
@@ -111,10 +112,12 @@ def softmax_cross_entropy_with_soft_labels(
 
     **Arguments:** as for `softmax_cross_entropy`, but `labels` holds probabilities $p$ over the classes, in the shape
     of the logits. A class of probability 0 contributes 0, even where its logit is −inf, and so does a class that
-    `where` takes out, whatever its probability.
+    `where` takes out, whatever its probability. In the place of the class weights one integer is understood as the
+    axis; a tuple is class weights there, as nothing tells how many axes of classes there are.
 
     **Returns:** float32, or float64 for float64 logits, one value per example.
     """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     class_weights, axis = _weights_or_axis(class_weights, axis, 1)
     x, q, mask = operands.classes_last(axis, logits, labels, where)
     x = operands.outputs(x)
@@ -246,7 +249,8 @@ class DynamicalLoss(eqx.Module):
 
     A PyTree: its leaves are the arrays in the schedule and in the options, which can be batched, differentiated and
     traced, and so may differ between the members of an ensemble. Numbers and functions are static; functions are
-    compared by identity: make them once, or every loss compiles again.
+    compared by identity: make them once, or every loss compiles again. An evaluation takes `base` without the options;
+    what belongs to the loss itself, such as the exponent of a focal loss, goes into `base` (`functools.partial`).
 
     ??? cite
 

@@ -52,6 +52,9 @@ def scatter(values: PyTree, like: TrainState) -> TrainState:
 
     def restore(leaf, value):
         value = jnp.asarray(value)
+        there = jr.key_data(leaf) if _is_key(leaf) else leaf
+        if (value.shape, value.dtype) != (there.shape, there.dtype):
+            raise ValueError(f"values {value.dtype}{value.shape} do not fit into states {there.dtype}{there.shape}.")
         return jr.wrap_key_data(value, impl=jr.key_impl(leaf)) if _is_key(leaf) else value
 
     return place(eqx.combine(jax.tree.map(restore, arrays, values), static), NamedSharding(mesh_of(like), P(AXIS)))

@@ -123,7 +123,8 @@ class OscillatingWeights(AbstractSchedule):
                 "This schedule holds a batch of hyperparameters: call it under jax.vmap or eqx.filter_vmap."
             )
         step = jnp.asarray(step).astype(self.amplitude.dtype)
-        active, position = self._turn(step)
+        number, position = self._turn(step)
+        active = jnp.mod(number, self.num_classes)
         peak = 1 + _rounded((self.amplitude - 1) * self.waveform(position))
         total = peak + (self.num_classes - 1)
         top, rest = self.num_classes * peak / total, self.num_classes / total
@@ -131,7 +132,7 @@ class OscillatingWeights(AbstractSchedule):
         return jnp.where(step < self.stop, weights, 1.0)
 
     def _turn(self, step: Float[Array, ""]) -> tuple[Int[Array, ""], Position]:
-        """The class whose turn it is, and the position in its period.
+        """How many turns there have been since one of class 0 began, and the position in this one's period.
 
         Remainders of floating-point numbers are exact. Quotients are whole numbers, and below 2²² since the step is
         divided by 4096 turns first. What is rounded is the share of a turn that is the phase, and the position.
@@ -141,15 +142,15 @@ class OscillatingWeights(AbstractSchedule):
         many = jnp.mod(step, 4096 * length)
         within = jnp.mod(many, length)
         blocks, turns = jnp.round((step - many) / (4096 * length)), jnp.round((many - within) / length)
-        active = blocks.astype(int) * 4096 + turns.astype(int)
+        number = blocks.astype(int) * 4096 + turns.astype(int)
         if self.inclusive_period:  # what the sum T + 1 has lost, for every turn so far: products of few digits
             lost = jnp.where(period < 1, period - (length - 1), 1 - (length - period))
             within, carry = _wrapped(within - blocks * (4096 * lost) - turns * lost, length)
-            active += carry
+            number += carry
         whole = jnp.floor(self.phase)
         within, carry = _wrapped(within + _rounded((self.phase - whole) * length), length)
-        active += carry + jnp.mod(whole, self.num_classes).astype(int)
-        return jnp.mod(active, self.num_classes), _divided(jnp.minimum(within, period), period)
+        number += carry + jnp.mod(whole, self.num_classes).astype(int)
+        return number, _divided(jnp.minimum(within, period), period)
 
 
 class RandomOrder(AbstractSchedule):
@@ -165,8 +166,7 @@ class RandomOrder(AbstractSchedule):
     def __init__(self, schedule: OscillatingWeights, key: Key[Array, "..."]):
         """**Arguments:**
 
-        - `schedule`: whose classes take turns in the order of their numbers, and whose turns begin and end with all
-            weights equal to 1. Only there is it seen to a rounding error when a pass begins.
+        - `schedule`: whose classes take turns in the order of their numbers.
         - `key`: decides all orders. A batch of keys goes with a batch of hyperparameters.
         """
         self.num_classes = schedule.num_classes
@@ -174,11 +174,10 @@ class RandomOrder(AbstractSchedule):
         self.key = key
 
     def __call__(self, step: Step) -> Float[Array, " classes"]:
-        in_order, schedule = self.schedule(step), self.schedule
-        length = schedule.period + 1 if schedule.inclusive_period else schedule.period
-        turn = jnp.asarray(step).astype(length.dtype) / length + schedule.phase
-        number = jnp.floor(turn / self.num_classes).astype(int)
-        return in_order[jr.permutation(jr.fold_in(self.key, number), self.num_classes)]
+        in_order = self.schedule(step)
+        number, _ = self.schedule._turn(jnp.asarray(step).astype(self.schedule.period.dtype))
+        order = jr.permutation(jr.fold_in(self.key, number // self.num_classes), self.num_classes)
+        return in_order[order]
 
 
 class StaticWeights(AbstractSchedule):
@@ -207,7 +206,12 @@ class StaticWeights(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, " classes"]:
         del step
         if self.weights.ndim != 1:
-            raise ValueError("This schedule holds a batch of weights: call it under jax.vmap or eqx.filter_vmap.")
+            how = (
+                "a batch of weights: call it"
+                if self.weights.ndim
+                else "one row of weights, not one for everything that is"
+            )
+            raise ValueError(f"This schedule holds {how} under jax.vmap or eqx.filter_vmap.")
         return _normalise(self.weights)
 
 

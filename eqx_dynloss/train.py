@@ -16,17 +16,19 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PyTree, Shaped
 
+from .injection import inject
 from .loss import BaseLoss, DynamicalLoss, softmax_cross_entropy
 
 
 class Dataset(eqx.Module):
-    """Labelled examples as they are stored, and what turns them into a network's inputs.
+    """Labelled examples as they are stored, and what turns one of them into a network's input.
 
-    Images may stay uint8, a quarter of their size in float32: a minibatch is transformed when it is drawn.
+    Images may stay uint8, a quarter of their size in float32: a minibatch is transformed when it is drawn. Labels are
+    class indices, or distributions over the classes for a loss that takes these.
     """
 
     inputs: Shaped[Array, "examples ..."] = eqx.field(converter=jnp.asarray)
-    labels: Integer[Array, " examples"] = eqx.field(converter=jnp.asarray)
+    labels: Integer[Array, " examples"] | Float[Array, "examples classes"] = eqx.field(converter=jnp.asarray)
     transform: Callable[[Array], Array] = eqx.nn.Identity()
 
     def __check_init__(self):
@@ -35,6 +37,12 @@ class Dataset(eqx.Module):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def batch(
+        self, indices: Int[Array, " batch"] | slice = slice(None)
+    ) -> tuple[Shaped[Array, "batch ..."], Shaped[Array, "batch ..."]]:
+        """The network's inputs for some of the examples, or for all, and their labels."""
+        return jax.vmap(self.transform)(self.inputs[indices]), self.labels[indices]
 
 
 class TrainState(eqx.Module):
@@ -66,7 +74,8 @@ def init(
 
     - `make_model`: a function of a key that gives an Equinox model of one example. One that takes a `key`, such as a
         model with dropout, is trained with a key of its own for every example and update.
-    - `optimiser`: any optax optimiser, also one that searches along a line, as `optax.lbfgs` does.
+    - `optimiser`: any optax optimiser, also one that searches along a line, as `optax.lbfgs` does, but for those that
+        want a gradient elsewhere or of something else, as `optax.contrib.sam` and `sophia` do.
     - `key`: decides both the initial parameters and the order of the examples.
     - `hyperparams`: values for hyperparameters of an optimiser made with `optax.inject_hyperparams`, by name.
     """
@@ -80,26 +89,7 @@ def init(
         )
     opt_state: Any = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     if hyperparams:
-        injected = getattr(opt_state, "hyperparams", {})
-        scheduled = sorted(set(hyperparams) & set(getattr(opt_state, "hyperparams_states", {})))
-        if scheduled:
-            raise ValueError(
-                f"the optimiser sets {', '.join(scheduled)} by a schedule of its own, which would overwrite a value: "
-                "inject a number that scales the schedule instead."
-            )
-        unknown = sorted(set(hyperparams) - set(injected))
-        if unknown:
-            raise ValueError(
-                f"the optimiser has no hyperparameter {', '.join(unknown)}; those that it was given with "
-                f"optax.inject_hyperparams are: {', '.join(injected) or 'none'}."
-            )
-        # An optimiser that was given 1 holds an integer, which would truncate 0.5 to 0.
-        floating = {name: jnp.issubdtype(injected[name].dtype, jnp.floating) for name in hyperparams}
-        values = {
-            name: jnp.asarray(value, injected[name].dtype if floating[name] else float)
-            for name, value in hyperparams.items()
-        }
-        opt_state = opt_state._replace(hyperparams=injected | values)
+        opt_state = inject(opt_state, hyperparams)
     return TrainState(model, opt_state, jnp.zeros((), int), order_key, jnp.zeros((), bool))
 
 
@@ -108,7 +98,7 @@ def train_step(
     loss: DynamicalLoss,
     optimiser: optax.GradientTransformation,
     inputs: Shaped[ArrayLike, "batch ..."],
-    labels: Integer[ArrayLike, " batch"],
+    labels: Integer[ArrayLike, " batch"] | Float[ArrayLike, "batch classes"],
     *,
     microbatch_size: int | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -142,10 +132,12 @@ def train_step(
     update = optax.with_extra_args_support(optimiser).update
     value_fn = lambda parameters: objective(eqx.combine(parameters, static), *batch)[0]
     updates, opt_state = update(grads, state.opt_state, parameters, value=value, grad=grads, value_fn=value_fn)
-    model = eqx.apply_updates(state.model, updates)
+    model = eqx.combine(optax.apply_updates(parameters, updates), static)
 
     # The norm is infinite before the gradients are: their squares would silently overflow in an optimiser's moments.
-    moves = ~state.diverged & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(_vector(grads)))
+    gradient = _vector(grads)
+    norm = optax.tree.norm(gradient.astype(accumulation_dtype(gradient.dtype)))
+    moves = ~state.diverged & jnp.isfinite(value) & jnp.isfinite(norm)
     moves &= jnp.all(jnp.isfinite(_vector(model)))
     model, opt_state, step = _select(
         moves, (model, opt_state, state.step + 1), (state.model, state.opt_state, state.step)
@@ -186,14 +178,16 @@ def train_chunk(
     **Returns:** the new state; the metrics of every update, `[num_steps]`; and what was observed, every array with a
     leading axis of `num_steps / observe_every` (floating-point numbers are NaN once diverged).
     """
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}.")
     if batch_size is not None and not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size must be between 1 and the number of examples, {len(data)}, got {batch_size}.")
     arrays, static = eqx.partition(state, eqx.is_array)
-    everything = None if batch_size else (data.transform(data.inputs), data.labels)
+    everything = None if batch_size else data.batch()
     order = minibatches(state.key, state.step, num_steps, len(data), batch_size) if batch_size else None
 
     def body(arrays, indices):
-        batch = everything or (data.transform(data.inputs[indices]), data.labels[indices])
+        batch = everything or data.batch(indices)
         state, metrics = train_step(
             eqx.combine(arrays, static), loss, optimiser, *batch, microbatch_size=microbatch_size
         )
@@ -273,7 +267,7 @@ def _mean_over_microbatches(function, size):
     """The mean of the arrays that `function(model, inputs, labels)` gives for consecutive parts of the batch."""
 
     def mean(model, *batch):
-        num_parts, rest = divmod(len(batch[0]), size)
+        num_parts, rest = divmod(len(batch[0]), size) if size > 0 else (0, 1)
         if rest:
             raise ValueError(f"microbatch_size must divide the batch of {len(batch[0])}, got {size}.")
         parts = tuple(a.reshape(num_parts, size, *a.shape[1:]) for a in batch)
@@ -298,6 +292,8 @@ def _key_parameter(model) -> inspect.Parameter | None:
 
 
 def _accuracy(outputs, labels):
+    if labels.ndim == outputs.ndim:  # distributions over the classes
+        labels = jnp.argmax(labels, -1)
     return jnp.mean(jnp.argmax(outputs, -1) == labels.astype(int), dtype=float)
 
 

@@ -13,7 +13,7 @@ import pytest
 from eqx_dynloss import ensemble, train
 from eqx_dynloss.loss import DynamicalLoss
 from eqx_dynloss.models import MLP, Myrtle
-from eqx_dynloss.schedule import OscillatingWeights
+from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
 from .helpers import slow, tree_allclose
 
@@ -288,6 +288,19 @@ def test_states_survive_the_way_to_the_host_and_back(getkey):
     again = ensemble.scatter(values, ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), 5)))
     assert tree_allclose(ensemble.gather(again), values, rtol=0, atol=0)
     assert jnp.all(jr.key_data(again.key) == jr.key_data(states.key))
+
+
+def test_states_of_another_ensemble_are_refused(getkey):
+    four, six = (ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), n)) for n in (4, 6))
+    with pytest.raises(ValueError, match="do not fit into states"):
+        ensemble.scatter(ensemble.gather(four), six)
+
+
+def test_weights_that_all_members_share_are_refused_also_as_many_as_there_are_classes(getkey):
+    data, shared = dataset(make_mlp, getkey()), DynamicalLoss(StaticWeights(jnp.array([1.0, 2.0, 3.0])))
+    states = ensemble.init(make_mlp, OPTIMISER, jr.split(getkey(), 3))
+    with pytest.raises(ValueError, match="one row of weights"):
+        ensemble.train_chunk(states, shared, OPTIMISER, ensemble.replicate(data, states), num_steps=1)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 5])

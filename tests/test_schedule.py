@@ -233,7 +233,7 @@ def exactly(num_classes, amplitude, period, phase, inclusive, wave, steps):
 
 @jax.jit
 def active_classes(schedule, steps):
-    return jax.vmap(lambda step: schedule._turn(step.astype(float))[0])(steps)
+    return jax.vmap(lambda step: schedule._turn(step.astype(float))[0] % schedule.num_classes)(steps)
 
 
 @pytest.mark.parametrize("wave", WAVES)
@@ -584,6 +584,18 @@ def test_in_a_random_order_every_class_has_one_turn_in_every_pass(inclusive, pha
     np.testing.assert_array_equal(quarter, orders)  # one class for a whole turn
     counts = np.stack([(orders[:, 0] == c).sum() for c in range(classes)])
     assert counts.min() >= 1  # any class may begin
+
+
+@pytest.mark.parametrize("period, phase", [(7.3, 0.0), (97.0, 0.0), (7.3, 2.5)])
+def test_late_in_a_run_a_random_order_is_that_of_float64(period, phase):
+    """Passes begin where turns do, to which a float32 quotient of the step is not exact enough."""
+    steps, key, period = np.arange(900_000, 901_000), jax.random.key(1), float(np.float32(period))
+    late = lambda: jax.vmap(RandomOrder(OscillatingWeights(5, 70.0, period, phase=phase), key))(jnp.asarray(steps))
+    found = np.asarray(late())
+    with jax.enable_x64(True):
+        expected = np.asarray(late())
+    assert found.dtype == np.float32 and expected.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_a_random_order_is_decided_by_its_key_and_can_be_mapped():

@@ -88,6 +88,38 @@ def test_checkify_finds_a_nan_that_there_is():
         error.throw()
 
 
+MAPPED = """
+import json, sys
+sys.path[:0] = [".", "kernels"]
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from tests.helpers import DERIVATIVES
+from tests.test_surroundings import LOSSES, problem
+
+mesh, wrong, cases = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), [], 0
+for num_classes, names in [(70, [name for name in LOSSES if name != "dynamical"]), (10, ["options", "squared"])]:
+    y, *args = problem(num_classes)
+    for name in names:
+        parts = jax.shard_map(LOSSES[name], mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data"))
+        totals = [lambda x, w, f=f: jnp.sum(jnp.sin(f(x, y, w))) for f in (parts, LOSSES[name])]
+        both = [jax.jit(lambda *args, f=f: DERIVATIVES["jvp of value and grad"](f, *args))(*args) for f in totals]
+        pairs = zip(*map(jax.tree.leaves, both), strict=True)
+        wrong += [(name, num_classes) for a, b in pairs if not np.allclose(a, b, rtol=1e-4, atol=1e-5)]
+        cases += 1
+print(json.dumps({"wrong": wrong, "cases": cases}))
+"""
+
+
+def test_derivatives_inside_shard_map_are_those_outside():
+    """On two devices: on one, a sum over devices that should not be there changes nothing."""
+    code = [sys.executable, "-W", "ignore", "-c", MAPPED]
+    run = subprocess.run(code, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == {"wrong": [], "cases": 10}
+
+
 SHARDED = """
 import json, re
 import jax, jax.numpy as jnp, numpy as np

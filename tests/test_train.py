@@ -9,7 +9,12 @@ import optax
 import pytest
 
 from eqx_dynloss import train
-from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy, squared_error
+from eqx_dynloss.loss import (
+    DynamicalLoss,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_soft_labels,
+    squared_error,
+)
 from eqx_dynloss.models import MLP, Myrtle
 from eqx_dynloss.schedule import OscillatingWeights, StaticWeights
 
@@ -104,11 +109,12 @@ def test_microbatches_give_the_same_update(size, getkey):
     assert tree_allclose(metrics, expected)
 
 
-def test_microbatches_that_do_not_divide_the_batch_are_an_error(getkey):
+@pytest.mark.parametrize("size", [7, 0, -5])
+def test_microbatches_that_do_not_divide_the_batch_are_an_error(size, getkey):
     data = blobs(getkey())
     state = init(make_mlp, OPTIMISER, getkey())
-    with pytest.raises(ValueError, match="microbatch_size must divide the batch of 30, got 7"):
-        train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=7)
+    with pytest.raises(ValueError, match="microbatch_size must divide the batch of 30, got"):
+        train_step(state, LOSS, OPTIMISER, data.inputs, data.labels, microbatch_size=size)
 
 
 @pytest.mark.parametrize("batch_size", [0, 31, -1])
@@ -208,6 +214,33 @@ def test_images_are_stored_as_bytes_and_transformed_when_drawn(getkey):
     assert tree_allclose(evaluate(one[0].model, as_bytes), evaluate(other[0].model, as_floats))
 
 
+@pytest.mark.parametrize("batch_size", [None, 6])
+def test_a_transform_is_of_one_example_in_training_and_in_evaluation(batch_size, getkey):
+    """This one would give other numbers for a batch."""
+    inputs, labels = jr.normal(getkey(), (12, 2)), jnp.arange(12) % 3
+    normalise = lambda x: x / jnp.sqrt(jnp.sum(x**2))
+    drawn, before = train.Dataset(inputs, labels, normalise), train.Dataset(jax.vmap(normalise)(inputs), labels)
+    state = init(make_mlp, OPTIMISER, getkey())
+    one, other = (
+        train_chunk(state, LOSS, OPTIMISER, data, num_steps=3, batch_size=batch_size) for data in (drawn, before)
+    )
+    assert tree_allclose(one[1], other[1])
+    assert tree_allclose(evaluate(one[0].model, drawn), evaluate(other[0].model, before))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])  # of which 3 is the number of classes
+def test_labels_may_be_distributions(batch_size, getkey):
+    """One-hot ones are class indices, in the loss as well as in the accuracy."""
+    data, state = blobs(getkey()), init(make_mlp, OPTIMISER, getkey())
+    soft = train.Dataset(data.inputs, jax.nn.one_hot(data.labels, 3))
+    distributions = DynamicalLoss(LOSS.schedule, softmax_cross_entropy_with_soft_labels)
+    chunk = ft.partial(train_chunk, num_steps=5, batch_size=batch_size)
+    one, other = chunk(state, LOSS, OPTIMISER, data), chunk(state, distributions, OPTIMISER, soft)
+    assert tree_allclose(one[1], other[1]) and tree_allclose(one[0].model, other[0].model)
+    evaluated = evaluate(one[0].model, soft, base=softmax_cross_entropy_with_soft_labels)
+    assert tree_allclose(evaluated, evaluate(one[0].model, data))
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 256])
 def test_evaluation_is_the_plain_mean_over_all_examples(batch_size, getkey):
     data = blobs(getkey())
@@ -236,6 +269,23 @@ def test_hyperparameters_are_set_by_name_and_unknown_ones_are_an_error(getkey):
         init(make_mlp, OPTIMISER, getkey(), {"momentum": jnp.array(0.5)})
     with pytest.raises(ValueError, match="no hyperparameter learning_rate.*are: none"):
         init(make_mlp, optax.sgd(0.1), getkey(), {"learning_rate": jnp.array(0.5)})
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda injected: optax.chain(optax.clip_by_global_norm(1.0), injected),
+    lambda injected: optax.MultiSteps(injected, 2).gradient_transformation(),
+    lambda injected: optax.chain(injected, injected),  # which sets it in both
+])  # fmt: skip
+def test_hyperparameters_are_found_wherever_they_are_injected(wrap, getkey):
+    data, own = blobs(getkey()), optax.inject_hyperparams(optax.sgd)
+    given, built = wrap(own(learning_rate=0.1)), wrap(own(learning_rate=0.3))
+    key = getkey()
+    states = init(make_mlp, given, key, {"learning_rate": jnp.array(0.3)}), init(make_mlp, built, key)
+    with jax.numpy_dtype_promotion("standard"):  # which MultiSteps needs
+        one, other = (train_chunk(state, LOSS, given, data, num_steps=4)[0] for state in states)
+    assert tree_allclose(one.model, other.model)
+    with pytest.raises(ValueError, match="no hyperparameter momentum.*are: learning_rate"):
+        init(make_mlp, given, getkey(), {"momentum": jnp.array(0.5)})
 
 
 def test_inputs_and_labels_of_different_number_are_an_error():
@@ -277,6 +327,27 @@ def test_optimisers_that_look_at_the_loss_work(getkey):
     state = init(make_mlp, optimiser, getkey())
     with jax.numpy_dtype_promotion("standard"):  # which this one needs
         state, metrics, _ = train_chunk(state, LOSS, optimiser, data, num_steps=20)
+    assert metrics.loss[-1] < metrics.loss[0]
+
+
+def test_a_gradient_whose_norm_only_16_bits_do_not_hold_is_no_divergence(getkey):
+    data = blobs(getkey())
+    half = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float16), make_mlp(key))
+    state = init(half, optax.sgd(1e-6), getkey())
+    large = DynamicalLoss(LOSS.schedule, lambda *args: 1e4 * softmax_cross_entropy(*args))  # its norm squared overflows
+    state, _ = train_step(state, large, optax.sgd(1e-6), data.inputs.astype(jnp.float16), data.labels)
+    assert not state.diverged and state.step == 1
+
+
+def test_parameters_keep_their_dtype_whatever_the_optimisers_is(getkey):
+    data = blobs(getkey())
+    half = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_mlp(key))
+    optimiser = optax.adam(0.1, mu_dtype=jnp.float32)
+    state = init(half, optimiser, getkey())
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+        data = train.Dataset(data.inputs.astype(jnp.bfloat16), data.labels)
+        state, metrics, _ = train_chunk(state, LOSS, optimiser, data, num_steps=20)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
     assert metrics.loss[-1] < metrics.loss[0]
 
 

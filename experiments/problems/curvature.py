@@ -71,7 +71,7 @@ def _largest(
 
     def objective(model, batch):
         images, labels = batch
-        return jnp.mean(loss.base(jax.vmap(model)(data.transform(images)), labels, weights))
+        return jnp.mean(loss.base(jax.vmap(lambda image: model(data.transform(image)))(images), labels, weights))
 
     batches = blocks(data.inputs), blocks(data.labels)
     spectrum = landscape.hessian_spectrum(objective, state.model, batches, order=10, key=key)

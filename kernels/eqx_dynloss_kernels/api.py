@@ -65,7 +65,8 @@ def weighted_xent(
 
 def _of_some_classes(x, labels, mask, w, smoothing, z):
     """The same for examples that have some of the classes only: the others' logits are −inf, and get no smoothing."""
-    labels = jnp.where(jnp.any(mask & label.is_label(labels, x.shape), -1), labels.astype(jnp.int32), -1)
+    known = label.in_range(label.widened(labels), x) & jnp.any(mask & label.is_label(labels, x.shape), -1)
+    labels = jnp.where(known, labels.astype(jnp.int32), -1)
     counts = jnp.any(mask, -1)
     x = jnp.where(mask, x, -jnp.inf)
     loss, total, shift = forward("xla", Operands(x, labels, counts, w, None, None))

@@ -20,6 +20,11 @@ from .operands import is_explicit
 from .primitives import run, vary_alike
 
 
+def widened(labels):
+    """Labels that can be compared with the number of classes: 1000 does not fit into int8, nor 256 into uint8."""
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+
+
 def in_range(labels, logits):
     return (labels >= 0) & (labels < logits.shape[-1])
 
@@ -71,7 +76,9 @@ def _gathered(x, labels, **_):
 
 
 def _scattered(entries, labels, *, shape, **_):
-    return jax.linear_transpose(lambda x: _gathered(x, labels), jax.ShapeDtypeStruct(shape, entries.dtype))(entries)[0]
+    # Not `jax.linear_transpose`: in a `shard_map`, its operand is the same on all devices, and gradients are summed.
+    x, entries, labels = vary_alike(jnp.zeros(shape, entries.dtype), entries, labels)
+    return jax.vjp(lambda x: _gathered(x, labels), x)[1](entries)[0]
 
 
 def _compared(x, labels):

@@ -47,9 +47,7 @@ def forward(
 def prepared(logits, labels, where, class_weights):
     """Logits and weights in the dtype of the computation; a masked example as one that is certain to be harmless."""
     dtype = accumulation_dtype(logits.dtype)
-    # 1000 does not fit into int8, nor 256 into uint8: comparing labels with the number of classes would wrap around.
-    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
-    x = logits.astype(dtype)
+    x, labels = logits.astype(dtype), label.widened(labels)
     if where is not None:
         x, labels = jnp.where(where[..., None], x, 0), jnp.where(where, labels, 0)
     return x, labels, class_weights.astype(dtype)

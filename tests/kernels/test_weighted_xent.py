@@ -226,6 +226,8 @@ def test_labels_out_of_range_give_nan_and_leave_the_others_alone(xent, label, dt
     gradient = jax.grad(lambda x: jnp.sum(xent(x, labels, w, label_smoothing)[0]))(x)
     assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
     assert xent.close(lse, jax.nn.logsumexp(x, -1))
+    of_classes, _ = weighted_xent(x, labels, w, where=jnp.ones((3, 3), bool), label_smoothing=label_smoothing)
+    assert np.array_equal(np.isnan(of_classes), [False, True, False])
 
 
 def reduced_hessian(logits, label, weight):
