@@ -206,12 +206,11 @@ class StaticWeights(AbstractSchedule):
     def __call__(self, step: Step) -> Float[Array, " classes"]:
         del step
         if self.weights.ndim != 1:
-            how = (
-                "a batch of weights: call it"
-                if self.weights.ndim
-                else "one row of weights, not one for everything that is"
-            )
-            raise ValueError(f"This schedule holds {how} under jax.vmap or eqx.filter_vmap.")
+            if self.weights.ndim == 0:
+                raise ValueError(
+                    "This schedule was mapped over its classes: it holds one row of weights for everything."
+                )
+            raise ValueError("This schedule holds a batch of weights: call it under jax.vmap or eqx.filter_vmap.")
         return _normalise(self.weights)
 
 

@@ -33,8 +33,8 @@ class Preset:
 PRESETS: dict[PresetName, Preset] = {
     # Ours: a seventh of the paper's epochs at a rate at which they suffice to overfit; minutes on a GPU.
     "short": Preset((20.0,), ("1ep",), 64, 100, 512, 0.05, None, None, 20, "bfloat16", curvature=200),
-    # Ours: few images, on which a narrow network overfits: eight seeds take two to four minutes on two CPU cores. (At a
-    # rate of 0.05 one of 40 static members fell to chance, at 0.03 none.)
+    # Ours: few images, on which a narrow network overfits, in two to four minutes for eight seeds on two CPU cores. (At
+    # a rate of 0.05 one of 40 static members fell to chance, at 0.03 none.)
     "quick": Preset((10.0,), ("4ep",), 16, 100, 32, 0.03, 500, 2_000, 10),
     # Ruiz-Garcia et al. 2021 (CIFAR-10). Their unit of T is not known: amplitude and period are choices of ours.
     "paper": Preset((10.0,), ("100",), 64, 700, 512, 0.02, None, None, 700),
