@@ -27,6 +27,7 @@ from ..synthetic import results, run_command
 ROOT = Path(__file__).parents[3]
 TINY = "--dataset digits --width 1 --epochs 1 --train-examples 64 --validation-examples 20 --evaluations 2".split()
 DIAGRAM = "--experiment cifar --dataset digits --widths 1 --epochs 1 --train-examples 64 --evaluations 1".split()
+DIAGRAM += ["--periods", "2,2ep"]
 COMMAND = "python -m experiments.cifar"  # without flags, as one that was merged is followed by a ;
 SPIRAL = "--updates 20 --width 3 --period 5 --curvature 10 --amplitude 5".split()
 
