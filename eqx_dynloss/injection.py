@@ -19,7 +19,7 @@ def inject(opt_state: PyTree, hyperparams: Mapping[str, ArrayLike]) -> PyTree:
     """
     nodes, structure = jax.tree.flatten(opt_state, is_leaf=_is_injected)
     injected = [node for node in nodes if _is_injected(node)]
-    scheduled = sorted({name for node in injected for name in hyperparams if name in _schedules(node)})
+    scheduled = sorted({name for node in injected for name in hyperparams if name in node.hyperparams_states})
     if scheduled:
         raise ValueError(
             f"the optimiser sets {', '.join(scheduled)} by a schedule of its own, which would overwrite a value: "
@@ -36,11 +36,7 @@ def inject(opt_state: PyTree, hyperparams: Mapping[str, ArrayLike]) -> PyTree:
 
 
 def _is_injected(node: Any) -> bool:
-    return hasattr(node, "hyperparams")
-
-
-def _schedules(node: Any) -> Mapping[str, Any]:
-    return getattr(node, "hyperparams_states", {})
+    return hasattr(node, "hyperparams") and hasattr(node, "hyperparams_states")
 
 
 def _with_values(node: Any, hyperparams: Mapping[str, ArrayLike]) -> Any:

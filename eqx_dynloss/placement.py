@@ -34,7 +34,7 @@ def gather(tree: PyTree) -> PyTree:
     """
 
     def fetch(leaf):
-        leaf = jr.key_data(leaf) if _is_key(leaf) else leaf
+        leaf = _numbers(leaf)
         return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.device_get(jax.tree.map(fetch, eqx.filter(tree, eqx.is_array)))
@@ -52,7 +52,7 @@ def scatter(values: PyTree, like: TrainState) -> TrainState:
 
     def restore(leaf, value):
         value = jnp.asarray(value)
-        there = jr.key_data(leaf) if _is_key(leaf) else leaf
+        there = _numbers(leaf)
         if (value.shape, value.dtype) != (there.shape, there.dtype):
             raise ValueError(f"values {value.dtype}{value.shape} do not fit into states {there.dtype}{there.shape}.")
         return jr.wrap_key_data(value, impl=jr.key_impl(leaf)) if _is_key(leaf) else value
@@ -110,6 +110,11 @@ def place(tree: _T, sharding: NamedSharding) -> _T:
 
     arrays, static = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jax.tree.map(put, arrays), static)
+
+
+def _numbers(leaf: Array) -> Array:
+    """What a random key is made of; other arrays as they are."""
+    return jr.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _is_key(leaf: Array) -> bool:

@@ -41,10 +41,12 @@ def new_directory(out: Path | None, label: str, dataset: str, config: Mapping[st
 def refuse_used(out: Path | None, but: tuple[str, ...] = ("config.json", _LOCK)) -> None:
     """Raises a `UsageError` if the directory holds more than the configuration of a run that never started, or is a
     file; `but` are the ends of the names that may be there."""
+    if out is None:
+        return
     try:
-        if out is not None and out.exists() and not out.is_dir():
+        if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file: pass a directory with --out.")
-        used = out is not None and out.is_dir() and any(not p.name.endswith(but) for p in out.iterdir())
+        used = out.is_dir() and any(not p.name.endswith(but) for p in out.iterdir())
     except OSError as error:
         raise UsageError(f"cannot read {out} ({error.strerror}): pass another directory with --out.") from error
     if used:

@@ -73,7 +73,7 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
         raise UsageError(f"{directory} holds no run that could be resumed: there is no config.json in it.")
     try:
         values = json.loads(found[0].read_text(encoding="utf-8"))
-        if "run" not in values:
+        if "made_by" in values and "experiments.merge" in str(values["made_by"]):
             raise UsageError(f"the run in {directory} was merged from others: there is nothing to go on with.")
         hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
         # JSON knows neither tuples nor paths.

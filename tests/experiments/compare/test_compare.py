@@ -20,7 +20,10 @@ from experiments.compare.tables import MOST_ROWS, write
 from experiments.results import files
 from experiments.results.estimate import Estimate
 from experiments.results.summary import summarise
+from experiments.running.errors import UsageError
+from experiments.running.flags import parse
 from experiments.running.terminal import execute
+from experiments.spiral.__main__ import Config
 
 from ..synthetic import results
 
@@ -339,6 +342,12 @@ def test_wrong_use_is_one_sentence(runs, message, stored, capsys):
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and error.count("\n") == 0
     assert not Path("out").exists()
+
+
+def test_a_comparison_is_not_taken_for_a_run_that_was_merged(stored, capsys):
+    assert command(put("a", stored), "--out", "out") == 0
+    with pytest.raises(UsageError, match="not the configuration of a run of this command"):
+        parse(Config, ["--resume", "out"], "spiral")
 
 
 def test_nothing_is_overwritten(stored, capsys):
