@@ -46,11 +46,16 @@ def refuse_used(out: Path | None, but: tuple[str, ...] = ("config.json", _LOCK))
     try:
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file: pass a directory with --out.")
-        used = out.is_dir() and any(not p.name.endswith(but) for p in out.iterdir())
+        used = out.is_dir() and any(not p.name.endswith(but) or _is_foreign(p) for p in out.iterdir())
     except OSError as error:
         raise UsageError(f"cannot read {out} ({error.strerror}): pass another directory with --out.") from error
     if used:
         raise UsageError(f"{out} is not empty: pass a new directory with --out, so that no results are lost.")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is a `config.json` that no command of ours has written."""
+    return path.name.endswith("config.json") and b'"made_by"' not in path.read_bytes()
 
 
 def require_writable(path: Path) -> None:

@@ -49,7 +49,7 @@ def parse(config: type[_Config], arguments: list[str], command: str, description
         return parsed
     if run.out not in (None, run.resume):
         raise UsageError(f"a run that is resumed goes on in its own directory, {run.resume}: leave --out out.")
-    stored = _stored(config, run.resume)
+    stored = _stored(config, run.resume, command)
     resumed: Any = tyro.cli(config, args=arguments, prog=prog, description=description, default=stored)
     names = [field.name for field in dataclasses.fields(resumed) if field.name not in _FREE]
     differences = [
@@ -65,16 +65,22 @@ def parse(config: type[_Config], arguments: list[str], command: str, description
     return resumed
 
 
-def _stored(config: type[_Config], directory: Path) -> _Config:
-    """The config that a run was started with, from its `config.json`."""
+def _stored(config: type[_Config], directory: Path, command: str) -> _Config:
+    """The config that a run of a command was started with, from its `config.json`."""
     paths = [directory / file_name(name, "config.json") for name in ("", *STAND_INS)]
     found = [path for path in paths if path.exists()]
     if not found:
         raise UsageError(f"{directory} holds no run that could be resumed: there is no config.json in it.")
     try:
         values = json.loads(found[0].read_text(encoding="utf-8"))
-        if "made_by" in values and "experiments.merge" in str(values["made_by"]):
+        maker = re.search(r"-m experiments\.(\w+)", str(values.get("made_by")))
+        if maker and maker[1] == "merge":
             raise UsageError(f"the run in {directory} was merged from others: there is nothing to go on with.")
+        if maker and maker[1] != command:
+            raise UsageError(
+                f"the run in {directory} is of another command: go on with it by python -m experiments.{maker[1]} "
+                f"--resume {directory}"
+            )
         hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
         # JSON knows neither tuples nor paths.
         fields = {
@@ -85,7 +91,7 @@ def _stored(config: type[_Config], directory: Path) -> _Config:
         }
         run = RunFlags(resume=directory, checkpoint_every=values["run"]["checkpoint_every"])
         return config(**fields | {"run": run})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UsageError(
             f"{found[0]} is not the configuration of a run of this command ({type(error).__name__}: {error})."
         ) from error

@@ -5,8 +5,10 @@ import os
 
 import pytest
 
+from experiments.phase import __main__ as phase
 from experiments.running import directory
 from experiments.running.errors import UsageError
+from experiments.running.flags import parse
 
 
 def test_a_directory_is_made_with_its_configuration(tmp_path):
@@ -29,13 +31,20 @@ def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path, monkeyp
 
 
 def test_an_empty_directory_is_taken_and_a_full_one_refused(tmp_path):
-    directory.new_directory(tmp_path, "cifar", "digits", {})
-    directory.new_directory(tmp_path, "cifar", "digits", {})  # the first run never started: there is nothing to lose
+    directory.new_directory(tmp_path, "cifar", "digits", {"made_by": {}})
+    directory.new_directory(tmp_path, "cifar", "digits", {"made_by": {}})  # the first run never started: there is nothing to lose
     (tmp_path / "digits_results.nc").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(UsageError, match="is not empty.*--out"):
         directory.new_directory(tmp_path, "cifar", "digits", {})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_configuration_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"precious": 1}')
+    with pytest.raises(UsageError, match="is not empty.*--out"):
+        directory.new_directory(tmp_path, "cifar", "cifar10", {"made_by": {}})
+    assert (tmp_path / "config.json").read_text() == '{"precious": 1}'
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file", "/proc/x"])
@@ -54,3 +63,10 @@ def test_a_read_only_directory_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="Permission denied.*--out"):
         directory.new_directory(tmp_path / "x", "cifar", "digits", {})
+
+
+def test_a_run_of_another_command_is_resumed_by_that_one(tmp_path):
+    made_by = {"command": "python -m experiments.spiral --seeds 2"}
+    directory.new_directory(tmp_path / "run", "spiral", "spiral", {"seeds": 2, "made_by": made_by})
+    with pytest.raises(UsageError, match=f"of another command: .*experiments.spiral --resume {tmp_path / 'run'}$"):
+        parse(phase.Config, ["--resume", str(tmp_path / "run")], "phase")
