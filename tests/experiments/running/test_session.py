@@ -32,7 +32,7 @@ def test_runs_of_the_same_second_have_directories_of_their_own(tmp_path, monkeyp
 
 def test_an_empty_directory_is_taken_and_a_full_one_refused(tmp_path):
     directory.new_directory(tmp_path, "cifar", "digits", {"made_by": {}})
-    directory.new_directory(tmp_path, "cifar", "digits", {"made_by": {}})  # the first run never started: there is nothing to lose
+    directory.new_directory(tmp_path, "cifar", "digits", {"made_by": {}})  # the first one never started
     (tmp_path / "digits_results.nc").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(UsageError, match="is not empty.*--out"):
