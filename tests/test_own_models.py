@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from eqx_dynloss import ensemble, landscape, train
+from eqx_dynloss.data import example_keys
 from eqx_dynloss.loss import DynamicalLoss, softmax_cross_entropy
 from eqx_dynloss.schedule import OscillatingWeights
 
@@ -55,7 +56,7 @@ def test_a_model_with_dropout_trains_with_other_keys_in_every_update_and_for_eve
     step = eqx.filter_jit(train.train_step)
     seen = []
     for number in range(4):
-        keys = train.example_keys(state.key, state.step, 30)
+        keys = example_keys(state.key, state.step, 30)
         seen.append(jr.key_data(keys))
         weights = LOSS.schedule(number)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from eqx_dynloss import train
+from eqx_dynloss.data import minibatches as draw_minibatches
 from eqx_dynloss.loss import (
     DynamicalLoss,
     softmax_cross_entropy,
@@ -23,7 +24,7 @@ from .helpers import slow, tree_allclose
 init = eqx.filter_jit(train.init)
 train_step = eqx.filter_jit(train.train_step)
 train_chunk = eqx.filter_jit(train.train_chunk)
-minibatches = eqx.filter_jit(train.minibatches)
+minibatches = eqx.filter_jit(draw_minibatches)
 evaluate = eqx.filter_jit(train.evaluate)
 
 OPTIMISER = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, 0.9, nesterov=True))(0.1)
