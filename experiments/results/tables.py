@@ -78,8 +78,7 @@ def console_table(summary: Summary) -> Table:
     table.caption, table.caption_style = "\n".join(summary.notices) or None, "bold red"
     lead = _lead(summary)
     for header in (*lead, "A", "T", "seeds", "train", "validation", "median", "dynamical − static\n95 % CI"):
-        wraps = "CI" in header or header in lead
-        table.add_column(header, justify="right", no_wrap=not wraps, min_width=9 if wraps else None)
+        table.add_column(header, justify="right", overflow="fold")
     for c in summary.conditions:
         difference = "" if c.period is None else c.difference("validation").difference(100)
         accuracies = (c.outcome(split).spread(100) for split in SPLITS)

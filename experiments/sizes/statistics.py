@@ -149,7 +149,7 @@ def console_tables(found: Sequence[Point]) -> list[Table]:
             title = f"{name}: validation accuracy at the end, %"
             tables[name] = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for header in ("parameters", "η", "A", "T", "static", "dynamical", "difference [95 % CI]"):
-                tables[name].add_column(header, justify="right", no_wrap=True)
+                tables[name].add_column(header, justify="right", overflow="fold")
         if c.period is None:
             static = c.outcome("validation")
             continue

@@ -43,6 +43,17 @@ def test_an_estimate_by_hand():
     assert (e.low, e.high) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_on_a_narrow_terminal_the_table_wraps_and_loses_nothing(width):
+    table = console_table(summarise(with_accuracy([0.5, 0.625], [0.25, 0.75])))
+    narrow, wide = (Console(width=w, file=io.StringIO(), record=True) for w in (width, 200))
+    narrow.print(table)
+    wide.print(table)
+    narrow_text, wide_text = narrow.export_text(), wide.export_text()
+    assert "56.25 ± 8.84" in wide_text and max(map(len, narrow_text.splitlines())) <= width
+    assert sorted(filter(str.isdigit, narrow_text)) == sorted(filter(str.isdigit, wide_text))
+
+
 def test_members_at_chance_are_named_and_stay_in_the_means(tmp_path):
     dataset = results(seeds=4)
     dataset.accuracy[1, 0, [1, 3], 1] = 0.1
