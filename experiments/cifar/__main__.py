@@ -24,9 +24,8 @@ from ..running.task import announcement
 from ..running.terminal import console, execute, tell
 from ..running.training import train
 
-_OVERFITTED = (
-    0.9  # of the training set (ours): with 80 % or less a dynamical loss cost accuracy, from 96 % on it gained
-)
+# Of the training set (ours): with 80 % or less a dynamical loss cost accuracy, from 96 % on it gained.
+_OVERFITTED = 0.9
 _TOO_SHORT = (
     "The static loss has only {:.0%} of its training set. Where it does not overfit, no dynamical loss has gained "
     "accuracy in what we tried on CIFAR-10: train for longer (--epochs), or on fewer images (--train-examples)."
