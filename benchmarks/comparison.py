@@ -86,23 +86,34 @@ class Compare:
         - `min_rounds`: the least number of rounds.
 
         **Returns:** the comparison's rows of the table; empty if nothing is timed.
+
+        What another contestant than the first raises, or its disagreement, is raised when the rest have been timed.
         """
         contestants = [entrant for entrant in entrants if isinstance(entrant, Contestant)]
         if not contestants or len({entrant.name for entrant in entrants}) < len(entrants):
             raise ValueError(f"a comparison needs contestants of different names, got {entrants}.")
 
+        failures: dict[str, Exception] = {}
+
         def agree():
             wanted = expected
             for contestant in contestants:
-                result = view(_run(contestant))
-                wanted = result if wanted is None else wanted
-                require_agreement(contestant.name, result, wanted, contestant.tolerance or tolerance)
+                try:
+                    result = view(_run(contestant))
+                    wanted = result if wanted is None else wanted
+                    require_agreement(contestant.name, result, wanted, contestant.tolerance or tolerance)
+                except Exception as error:
+                    if not self.timed or contestant is contestants[0]:
+                        raise
+                    failures[contestant.name] = error
 
         if not self.timed:
             self._benchmark.disabled = True  # as with --benchmark-disable: it calls, and neither times nor records
             self._benchmark.pedantic(agree)
             return []
         agree()
+        entrants = [Absent(e.name, str(failures[e.name])) if e.name in failures else e for e in entrants]
+        contestants = [entrant for entrant in entrants if isinstance(entrant, Contestant)]
         rehearsal = [_seconds_of_a_call(contestant) for contestant in contestants]
         short = [c for c, seconds in zip(contestants, rehearsal, strict=True) if seconds < LONG_CALL_S]
         a_round = sum(seconds * (1 + (seconds < LONG_CALL_S)) for seconds in rehearsal)
@@ -121,6 +132,8 @@ class Compare:
         ]
         self._benchmark.extra_info[INTERLEAVED] = [contestant.name for contestant in contestants]
         self._rows += rows
+        if failures:  # now that the others' times are kept
+            raise next(iter(failures.values()))
         return rows
 
     def _time(self, order: Sequence[Contestant], short: Sequence[Contestant]) -> list[float]:
@@ -210,10 +223,17 @@ def rotated(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
 
 
 def _profile(contestant: Contestant, seconds: float) -> Profile | None:
-    """Of a tenth of a second or of one call: reading a profile takes long beside the calls that are in it."""
+    """Of a tenth of a second or of one call: reading a profile takes long beside the calls that are in it.
+
+    One that fails costs no times: they are known by then.
+    """
     if jax.default_backend() != "gpu":
         return None
-    return profile(contestant.call, repeats=max(1, min(10, int(0.1 / seconds))))
+    try:
+        return profile(contestant.call, repeats=max(1, min(10, int(0.1 / seconds))))
+    except Exception as error:
+        print(f"{contestant.name}: no profile ({error})")
+        return None
 
 
 def _run(contestant: Contestant) -> Any:

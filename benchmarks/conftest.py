@@ -97,7 +97,7 @@ def new_rows(request):
     request.config.stash[ROWS] += rows
     if path := request.config.getoption("--rows"):
         lines = [{key: value for key, value in asdict(row).items() if value is not None} for row in rows]
-        if not path.exists():
+        if not path.exists() or "machine_info" not in path.read_text(encoding="utf-8"):
             lines = [{"machine_info": environment()}, *lines]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

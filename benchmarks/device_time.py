@@ -28,8 +28,10 @@ def profile(call: Callable[[], Any], repeats: int = 10) -> Profile | None:
     - `call`: what to run; already compiled and warm.
     - `repeats`: how often, inside one profile.
     """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every call in Python would be traced, at many times what it takes
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(repeats):
                 jax.block_until_ready(call())
         profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in Path(folder).rglob("*.xplane.pb")]

@@ -176,7 +176,8 @@ def test_contestants_that_disagree_fail(timed, untimed, report):
         assert re.search(r"^FAILED .*::test_disagreement - AssertionError: ", run.stdout, re.MULTILINE)
         assert "two: leaf 0 is off by 1.00e-01, allowed" in run.stdout
         assert "ERROR" not in run.stdout
-    assert "disagreement" not in {row["case"] for row in report["rows"]}
+    rows = {row["contestant"]: row for row in report["rows"] if row["case"] == "disagreement"}
+    assert rows["one"]["rounds"] and "leaf 0 is off by 1.00e-01" in rows["two"]["absent"]  # the others' times are kept
 
 
 def test_the_table_is_printed_instead_of_the_mixed_one(timed):
@@ -345,9 +346,10 @@ def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path,
     ]
     ended = gpu.run(parts, tmp_path / "new" / "out.jsonl", 5, rehearse=True)
     assert [one.status for one in ended] == ["done", "out of time", "failed"]
-    first, *rows, rows_end, endless_end, wrong_end = map(
+    first, *rows, rows_end, endless_end, one, two, wrong_end = map(
         json.loads, (tmp_path / "new" / "out.jsonl").read_text().splitlines()
     )
+    assert one["rounds"] and "off by" in two["absent"]
     assert first["machine_info"]["jax"] == jax.__version__
     assert [row["contestant"] for row in rows] == ["fast", "missing", "slow", "same"]
     assert rows[0]["rounds"] >= 15 and rows[2]["ratio"][1] > 1.5 and rows[1]["absent"] == "no such thing"
@@ -357,6 +359,11 @@ def test_the_script_for_a_gpu_keeps_what_was_found_when_its_time_is_up(tmp_path,
         os.kill(int((tmp_path / "child").read_text()), 0)
     assert gpu.run(parts[:1], tmp_path / "late.jsonl", 0.1, rehearse=True)[0].status == "no time left"
     assert (tmp_path / "calls").exists() and not (ROOT / "calls").exists()
+
+
+def test_without_a_gpu_nothing_is_called(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "out.jsonl")]) == 2
+    assert "finds no GPU here but cpu" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("names", [("convolutions",), slow(None)], ids=["one", "all"])
