@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -77,10 +78,8 @@ def _stored(config: type[_Config], directory: Path, command: str) -> _Config:
         if maker and maker[1] == "merge":
             raise UsageError(f"the run in {directory} was merged from others: there is nothing to go on with.")
         if maker and maker[1] != command:
-            raise UsageError(
-                f"the run in {directory} is of another command: go on with it by python -m experiments.{maker[1]} "
-                f"--resume {directory}"
-            )
+            resume = shlex.join(["python", "-m", f"experiments.{maker[1]}", "--resume", str(directory)])
+            raise UsageError(f"the run in {directory} is of another command: go on with it by {resume}")
         hints = {field.name: str(field.type) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
         # JSON knows neither tuples nor paths.
         fields = {
